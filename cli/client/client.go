@@ -1,0 +1,401 @@
+// Package client talks to memlinuxd by the contract of daemon/api: on the
+// system bus, or on a private one that it starts for the one command.
+package client
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/memlinux/memlinux/daemon/api"
+)
+
+// Client is a connection to memlinuxd.
+type Client struct {
+	conn    *dbus.Conn
+	signals chan *dbus.Signal
+	private *privateDaemon // nil on the system bus
+}
+
+// ErrNotRoot says that there is no service and that the caller can't start a
+// private one.
+var ErrNotRoot = &api.Error{Name: api.ErrNotAuthorized,
+	Message: "memlinuxd is not on the system bus, and only root can start a private one: run this with sudo, or install and start the service"}
+
+// Connect reaches memlinuxd. With private it starts one on a bus of its own for
+// this process; without, it does so only where no system bus or no memlinuxd is
+// there and the caller is root.
+func Connect(ctx context.Context, private bool) (*Client, error) {
+	if !private {
+		c, err := connectSystem(ctx)
+		if c != nil || err != nil {
+			return c, err
+		}
+	}
+	if os.Geteuid() != 0 {
+		return nil, ErrNotRoot
+	}
+	daemon, address, err := startPrivate(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c, err := dial(ctx, func(o ...dbus.ConnOption) (*dbus.Conn, error) { return dbus.Connect(address, o...) })
+	if err != nil {
+		daemon.stop()
+		return nil, fmt.Errorf("connect to the private bus: %w", err)
+	}
+	c.private = daemon
+	return c, nil
+}
+
+// connectSystem returns nil and no error where there is no service to reach.
+func connectSystem(ctx context.Context) (*Client, error) {
+	c, err := dial(ctx, dbus.ConnectSystemBus)
+	if err != nil {
+		return nil, nil //nolint:nilerr // no system bus: a private one may do
+	}
+	var names, activatable []string
+	bus := c.conn.BusObject()
+	err = errors.Join(
+		bus.CallWithContext(ctx, "org.freedesktop.DBus.ListNames", 0).Store(&names),
+		bus.CallWithContext(ctx, "org.freedesktop.DBus.ListActivatableNames", 0).Store(&activatable))
+	if err != nil {
+		c.Close()
+		return nil, fmt.Errorf("ask the system bus for its names: %w", err)
+	}
+	if !slices.Contains(names, api.BusName) && !slices.Contains(activatable, api.BusName) {
+		c.Close()
+		return nil, nil
+	}
+	return c, nil
+}
+
+func dial(ctx context.Context, connect func(...dbus.ConnOption) (*dbus.Conn, error)) (*Client, error) {
+	// The default handler may deliver signals out of order.
+	conn, err := connect(dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
+	if err != nil {
+		return nil, err
+	}
+	c := &Client{conn: conn, signals: make(chan *dbus.Signal, 64)}
+	conn.Signal(c.signals)
+	err = errors.Join(
+		conn.AddMatchSignalContext(ctx, dbus.WithMatchSender(api.BusName), dbus.WithMatchPathNamespace(api.ManagerPath)),
+		conn.AddMatchSignalContext(ctx, dbus.WithMatchSender("org.freedesktop.DBus"), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchArg(0, api.BusName)))
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// Close ends the connection, and the private daemon where there is one; it
+// waits until that has ended.
+func (c *Client) Close() {
+	_ = c.conn.Close() // nothing is left to lose
+	if c.private != nil {
+		c.private.stop()
+	}
+}
+
+// call calls a method of the contract and stores what it returns.
+func (c *Client) call(ctx context.Context, path dbus.ObjectPath, method string, args []any, ret ...any) error {
+	call := c.conn.Object(api.BusName, path).CallWithContext(ctx, method, 0, args...)
+	if call.Err != nil {
+		return c.explain(call.Err)
+	}
+	return call.Store(ret...)
+}
+
+// explain makes an error of the bus one of the contract.
+func (c *Client) explain(err error) error {
+	var d dbus.Error
+	if !errors.As(err, &d) {
+		return err
+	}
+	switch {
+	case d.Name == "org.freedesktop.DBus.Error.AccessDenied":
+		return &api.Error{Name: api.ErrNotAuthorized, Message: d.Error()}
+	case d.Name == "org.freedesktop.DBus.Error.NoReply", d.Name == "org.freedesktop.DBus.Error.NameHasNoOwner":
+		return c.gone()
+	}
+	return &api.Error{Name: d.Name, Message: d.Error()}
+}
+
+func (c *Client) gone() error {
+	msg := "memlinuxd went away during the job; look at its log, then run the command again"
+	if c.private != nil {
+		if last := c.private.lastWords(); last != "" {
+			msg += " (" + last + ")"
+		}
+	}
+	return &api.Error{Name: api.ErrFailed, Message: msg}
+}
+
+// Version is the daemon's.
+func (c *Client) Version(ctx context.Context) (string, error) {
+	var v dbus.Variant
+	if err := c.call(ctx, api.ManagerPath, api.PropertiesInterface+".Get", []any{api.ManagerInterface, "Version"}, &v); err != nil {
+		return "", err
+	}
+	s, _ := v.Value().(string)
+	return s, nil
+}
+
+// objects reads all objects that have the interface iface.
+func (c *Client) objects(ctx context.Context, iface string) ([]api.Properties, error) {
+	var all map[dbus.ObjectPath]map[string]api.Properties
+	if err := c.call(ctx, api.ManagerPath, api.ObjectManagerInterface+".GetManagedObjects", nil, &all); err != nil {
+		return nil, err
+	}
+	var found []api.Properties
+	for _, o := range all {
+		if p, ok := o[iface]; ok {
+			found = append(found, p)
+		}
+	}
+	return found, nil
+}
+
+// Devices lists the disks, sorted by name.
+func (c *Client) Devices(ctx context.Context) ([]api.Device, error) {
+	// Devices looks at the machine anew.
+	var paths []dbus.ObjectPath
+	if err := c.call(ctx, api.ManagerPath, api.ManagerInterface+".Devices", []any{api.Properties{}}, &paths); err != nil {
+		return nil, err
+	}
+	objects, err := c.objects(ctx, api.DeviceInterface)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]api.Device, len(objects))
+	for i, p := range objects {
+		if list[i], err = api.DeviceFrom(p); err != nil {
+			return nil, err
+		}
+	}
+	slices.SortFunc(list, func(a, b api.Device) int { return strings.Compare(a.Name, b.Name) })
+	return list, nil
+}
+
+// Device reads one disk.
+func (c *Client) Device(ctx context.Context, name string) (api.Device, error) {
+	var p api.Properties
+	if err := c.call(ctx, api.DevicePath(name), api.PropertiesInterface+".GetAll", []any{api.DeviceInterface}, &p); err != nil {
+		return api.Device{}, err
+	}
+	return api.DeviceFrom(p)
+}
+
+// Jobs lists the jobs, oldest first.
+func (c *Client) Jobs(ctx context.Context) ([]api.Job, error) {
+	objects, err := c.objects(ctx, api.JobInterface)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]api.Job, len(objects))
+	for i, p := range objects {
+		if err := list[i].Update(p); err != nil {
+			return nil, err
+		}
+	}
+	slices.SortFunc(list, func(a, b api.Job) int { return strings.Compare(a.ID, b.ID) })
+	return list, nil
+}
+
+// Plan asks what a write to the device would do.
+func (c *Client) Plan(ctx context.Context, device string) (api.Plan, error) {
+	var p api.Properties
+	if err := c.call(ctx, api.ManagerPath, api.ManagerInterface+".Plan", []any{api.DevicePath(device), api.Properties{}}, &p); err != nil {
+		return api.Plan{}, err
+	}
+	return api.PlanFrom(p)
+}
+
+// Start calls a method of the manager that starts a job, and returns the job's
+// path.
+func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.ObjectPath, error) {
+	var job dbus.ObjectPath
+	err := c.call(ctx, api.ManagerPath, api.ManagerInterface+"."+method, args, &job)
+	return job, err
+}
+
+// Follow reports every change of the job until it has ended, and returns its
+// last state. When ctx ends it cancels the job, and still waits: on return the
+// job has ended, or the daemon has.
+func (c *Client) Follow(ctx context.Context, path dbus.ObjectPath, each func(api.Job)) (api.Job, error) {
+	var job api.Job
+	// What was signalled before this call is in its answer.
+	var props api.Properties
+	if err := c.call(context.WithoutCancel(ctx), path, api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props); err != nil {
+		return job, err
+	}
+	if err := job.Update(props); err != nil {
+		return job, err
+	}
+	each(job)
+	cancel := ctx.Done()
+	cancelled := make(chan error, 1)
+	for job.State == api.StateRunning {
+		select {
+		case <-cancel:
+			cancel = nil
+			go func() {
+				cancelled <- c.call(context.WithoutCancel(ctx), path, api.JobInterface+".Cancel", []any{api.Properties{}})
+			}()
+		case err := <-cancelled:
+			if err != nil {
+				return job, err
+			}
+		case <-c.conn.Context().Done():
+			return job, c.gone()
+		case s := <-c.signals:
+			if s == nil {
+				return job, c.gone()
+			}
+			if s.Name == "org.freedesktop.DBus.NameOwnerChanged" && len(s.Body) == 3 && s.Body[2] == "" {
+				return job, c.gone()
+			}
+			if s.Path != path || s.Name != api.PropertiesInterface+".PropertiesChanged" || len(s.Body) != 3 {
+				continue
+			}
+			changed, ok := s.Body[1].(map[string]dbus.Variant)
+			if !ok {
+				continue
+			}
+			if err := job.Update(changed); err != nil {
+				return job, err
+			}
+			each(job)
+		}
+	}
+	return job, nil
+}
+
+// privateDaemon is a memlinuxd with a bus of its own. It lives as long as its
+// standard input is open, so that it never outlives this process.
+type privateDaemon struct {
+	cmd   *exec.Cmd
+	stdin io.Closer
+	words *tail
+}
+
+// ConfigError says that the daemon did not start for its configuration.
+type ConfigError struct{ Message string }
+
+func (e *ConfigError) Error() string { return e.Message }
+
+func startPrivate(ctx context.Context) (*privateDaemon, string, error) {
+	program, err := findDaemon()
+	if err != nil {
+		return nil, "", err
+	}
+	words := &tail{}
+	cmd := exec.Command(program, "--private") //nolint:gosec // the daemon that was installed with us
+	// Its own process group: a Ctrl-C at the terminal is for us, and we
+	// cancel the job.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Stderr = words
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, "", fmt.Errorf("start memlinuxd: %w", err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, "", fmt.Errorf("start memlinuxd: %w", err)
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, "", fmt.Errorf("start memlinuxd: %w", err)
+	}
+	d := &privateDaemon{cmd, stdin, words}
+	line := make(chan string, 1)
+	go func() {
+		// A daemon that ends before it is ready gives an empty line.
+		s, _ := bufio.NewReader(stdout).ReadString('\n')
+		line <- strings.TrimSpace(s)
+	}()
+	select {
+	case address := <-line:
+		if address != "" {
+			return d, address, nil
+		}
+		_ = stdin.Close()
+		err := cmd.Wait()
+		message := words.last()
+		if message == "" {
+			message = fmt.Sprintf("memlinuxd ended at once: %v", err)
+		}
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.ExitCode() == 2 {
+			return nil, "", &ConfigError{strings.TrimPrefix(message, "memlinuxd: ")}
+		}
+		return nil, "", errors.New(strings.TrimPrefix(message, "memlinuxd: "))
+	case <-ctx.Done():
+		d.stop()
+		return nil, "", ctx.Err()
+	}
+}
+
+// findDaemon finds memlinuxd as make and make install lay it.
+func findDaemon() (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find memlinuxd: %w", err)
+	}
+	dir := filepath.Dir(self)
+	places := []string{filepath.Join(dir, "memlinuxd"), filepath.Join(dir, "..", "libexec", "memlinuxd")}
+	for _, p := range places {
+		if _, err := os.Stat(p); err == nil {
+			return p, nil
+		}
+	}
+	return "", fmt.Errorf("memlinuxd is not at %s; run make, or make install", strings.Join(places, " or "))
+}
+
+// stop asks the daemon to end, which cancels its jobs, and waits for it.
+func (d *privateDaemon) stop() {
+	_ = d.stdin.Close()
+	kill := time.AfterFunc(time.Minute, func() { _ = d.cmd.Process.Kill() })
+	defer kill.Stop()
+	_ = d.cmd.Wait() // how it ended matters no more
+}
+
+func (d *privateDaemon) lastWords() string { return d.words.last() }
+
+// tail keeps the end of what is written to it.
+type tail struct {
+	mu  sync.Mutex
+	buf []byte
+}
+
+const tailBytes = 4096
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.buf = append(t.buf, p...)
+	if n := len(t.buf) - tailBytes; n > 0 {
+		t.buf = t.buf[n:]
+	}
+	return len(p), nil
+}
+
+// last is the last line that is not empty.
+func (t *tail) last() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	text := bytes.TrimSpace(t.buf)
+	return string(text[bytes.LastIndexByte(text, '\n')+1:])
+}

@@ -1,0 +1,117 @@
+package command
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/memlinux/memlinux/cli/client"
+)
+
+func newDevices(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use:   "devices",
+		Short: "List the disks, what is on them, and why one is refused",
+		Example: `  sudo memlinux devices
+  sudo memlinux devices --json | jq 'select(.refused == null).path'`,
+		Args: args(cobra.NoArgs),
+		RunE: func(c *cobra.Command, _ []string) error {
+			conn, err := client.Connect(c.Context(), g.private)
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			list, err := conn.Devices(c.Context())
+			if err != nil {
+				return err
+			}
+			if g.json {
+				return printObjects(list)
+			}
+			t := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+			fmt.Fprintln(t, "DEVICE\tSIZE\tSECTOR\tBUS\tMODEL\tHOLDS\tCAN BE WRITTEN")
+			for _, d := range list {
+				var holds, refused []string
+				for _, c := range d.Contents {
+					holds = append(holds, strings.Join(nonEmpty(c.Name+":", c.Type, c.Label), " "))
+				}
+				for _, r := range d.Refused {
+					refused = append(refused, r.Text)
+				}
+				state := "yes"
+				if len(refused) > 0 {
+					state = "no: " + strings.Join(refused, "; ")
+				}
+				fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\n", d.Path, size(d.Size), d.SectorSize, dash(d.Transport),
+					dash(strings.TrimSpace(d.Vendor+" "+d.Model)), dash(strings.Join(holds, ", ")), state)
+			}
+			return t.Flush()
+		},
+	}
+}
+
+func newJobs(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use:     "jobs",
+		Short:   "List the jobs that run or ended a short while ago",
+		Example: `  sudo memlinux jobs`,
+		Args:    args(cobra.NoArgs),
+		RunE: func(c *cobra.Command, _ []string) error {
+			conn, err := client.Connect(c.Context(), g.private)
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			list, err := conn.Jobs(c.Context())
+			if err != nil {
+				return err
+			}
+			if g.json {
+				return printObjects(list)
+			}
+			t := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+			fmt.Fprintln(t, "JOB\tKIND\tSTATE\tPHASE\tPROGRESS\tMESSAGE")
+			for _, j := range list {
+				fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%.0f%%\t%s\n", j.ID, j.Kind, j.State, dash(j.Phase), 100*j.Progress, dash(j.Message))
+			}
+			return t.Flush()
+		},
+	}
+}
+
+func newVersion(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  args(cobra.NoArgs),
+		RunE: func(*cobra.Command, []string) error {
+			if g.json {
+				return json.NewEncoder(os.Stdout).Encode(map[string]string{"version": Version})
+			}
+			_, err := fmt.Println("memlinux", Version)
+			return err
+		},
+	}
+}
+
+// printObjects prints each element as an object on a line.
+func printObjects[T any](list []T) error {
+	out := json.NewEncoder(os.Stdout)
+	for _, e := range list {
+		if err := out.Encode(e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

@@ -1,0 +1,199 @@
+package command
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+	"golang.org/x/term"
+
+	"github.com/memlinux/memlinux/daemon/api"
+)
+
+// view shows a job as it goes.
+type view interface {
+	update(api.Job)
+	// end is called once, when the job has ended or can't be followed any
+	// more; ok tells whether its last phase was finished.
+	end(ok bool)
+}
+
+// newView picks the view for the output: JSON objects, bars on a terminal,
+// lines elsewhere.
+func newView(out *os.File, asJSON bool) view {
+	switch {
+	case asJSON:
+		return &jsonView{out: json.NewEncoder(out)}
+	case term.IsTerminal(int(out.Fd())) && os.Getenv("TERM") != "dumb":
+		return &barView{bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(64), mpb.WithRefreshRate(100*time.Millisecond))}
+	}
+	return &lineView{out: out}
+}
+
+// jsonView prints each change as an object on a line.
+type jsonView struct{ out *json.Encoder }
+
+type progressEvent struct {
+	Event    string  `json:"event"`
+	Job      string  `json:"job"`
+	Phase    string  `json:"phase"`
+	Progress float64 `json:"progress"`
+	Bytes    uint64  `json:"bytes"`
+	Total    uint64  `json:"total"`
+	Rate     uint64  `json:"rate"`
+}
+
+func (v *jsonView) update(j api.Job) {
+	if j.State == api.StateRunning && j.Phase != "" {
+		_ = v.out.Encode(progressEvent{"progress", j.ID, j.Phase, j.Progress, j.Bytes, j.Total, j.Rate})
+	}
+}
+
+func (v *jsonView) end(bool) {}
+
+// phaseClock tells the views when a phase begins.
+type phaseClock struct {
+	job   api.Job
+	begun time.Time
+}
+
+// enter reports whether j is in another phase than before.
+func (c *phaseClock) enter(j api.Job) bool {
+	if j.Phase == c.job.Phase {
+		return false
+	}
+	c.begun = time.Now()
+	return true
+}
+
+// lineView prints a line when a phase has ended.
+type lineView struct {
+	out io.Writer
+	phaseClock
+}
+
+func (v *lineView) update(j api.Job) {
+	if v.job.Phase != "" && j.Phase != v.job.Phase {
+		v.print("")
+	}
+	v.enter(j)
+	v.job = j
+}
+
+func (v *lineView) print(outcome string) {
+	took := time.Since(v.begun)
+	if v.job.Bytes == 0 {
+		fmt.Fprintf(v.out, "%s:%s %s\n", v.job.Phase, outcome, seconds(took))
+		return
+	}
+	fmt.Fprintf(v.out, "%s:%s %s in %s (%s)\n", v.job.Phase, outcome, size(v.job.Bytes), seconds(took), rate(float64(v.job.Bytes)/took.Seconds()))
+}
+
+func (v *lineView) end(ok bool) {
+	switch {
+	case v.job.Phase == "":
+	case ok:
+		v.print("")
+	default:
+		v.print(" stopped after")
+	}
+}
+
+// barView draws a bar for each phase.
+type barView struct {
+	bars *mpb.Progress
+	bar  *mpb.Bar
+	now  *shown
+	phaseClock
+}
+
+// shown is what a bar's decorators show; the drawing goroutine reads it.
+type shown struct {
+	job     chan api.Job // holds the latest state
+	begun   time.Time
+	ended   time.Duration
+	ending  chan struct{}
+	failing bool
+}
+
+func (s *shown) text(decor.Statistics) string {
+	j := <-s.job
+	s.job <- j
+	took := time.Since(s.begun)
+	done := false
+	select {
+	case <-s.ending:
+		took, done = s.ended, true
+	default:
+	}
+	switch {
+	case s.failing && done:
+		return "stopped after " + seconds(took)
+	case j.Bytes == 0:
+		return seconds(took)
+	case done || j.Total == 0:
+		return fmt.Sprintf("%s  %s  %s", size(j.Bytes), rate(float64(j.Bytes)/max(took.Seconds(), 0.001)), seconds(took))
+	case j.Rate == 0:
+		return fmt.Sprintf("%s of %s", size(j.Bytes), size(j.Total))
+	}
+	left := time.Duration(float64(j.Total-min(j.Bytes, j.Total)) / float64(j.Rate) * float64(time.Second))
+	return fmt.Sprintf("%s of %s  %s  %s left", size(j.Bytes), size(j.Total), rate(float64(j.Rate)), seconds(left))
+}
+
+func (v *barView) update(j api.Job) {
+	if j.Phase == "" {
+		return
+	}
+	if v.enter(j) {
+		v.finish(true)
+		v.now = &shown{job: make(chan api.Job, 1), begun: v.begun, ending: make(chan struct{})}
+		v.now.job <- j
+		v.bar = v.bars.New(0, mpb.BarStyle(),
+			mpb.PrependDecorators(decor.Name(j.Phase, decor.WCSyncSpaceR)),
+			mpb.AppendDecorators(decor.Any(v.now.text, decor.WCSyncSpaceR)))
+	}
+	v.job = j
+	<-v.now.job
+	v.now.job <- j
+	if j.Total > 0 {
+		v.bar.SetTotal(int64(j.Total), false)
+		v.bar.SetCurrent(int64(j.Bytes))
+	}
+}
+
+// finish completes the bar of the phase that has ended.
+func (v *barView) finish(ok bool) {
+	if v.bar == nil {
+		return
+	}
+	v.now.ended, v.now.failing = time.Since(v.now.begun), !ok
+	close(v.now.ending)
+	if ok {
+		v.bar.SetTotal(-1, true)
+	} else {
+		v.bar.Abort(false)
+	}
+	v.bar.Wait()
+	v.bar = nil
+}
+
+func (v *barView) end(ok bool) {
+	v.finish(ok)
+	v.bars.Wait()
+}
+
+func size[T int64 | uint64](n T) string { return humanize.IBytes(uint64(n)) }
+
+func rate(perSecond float64) string { return humanize.IBytes(uint64(perSecond)) + "/s" }
+
+func seconds(d time.Duration) string {
+	if d < time.Minute {
+		return fmt.Sprintf("%.1f s", d.Seconds())
+	}
+	return d.Round(time.Second).String()
+}

@@ -1,0 +1,144 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/godbus/dbus/v5"
+	"github.com/spf13/cobra"
+
+	"github.com/memlinux/memlinux/cli/client"
+	"github.com/memlinux/memlinux/daemon/api"
+)
+
+// Version is set by the build.
+var Version = "devel"
+
+// global is what every command takes.
+type global struct {
+	private bool
+	json    bool
+}
+
+// Main runs memlinux and returns its exit code.
+func Main() int { return run(newRoot()) }
+
+// MainWrite runs memlinux-write, the same as memlinux write.
+func MainWrite() int {
+	g := &global{}
+	c := newWrite(g)
+	c.Use = "memlinux-write [flags] DEVICE|FILE"
+	c.Example = writeExamples("memlinux-write")
+	c.Version = Version
+	prepare(c, g)
+	return run(c)
+}
+
+func newRoot() *cobra.Command {
+	g := &global{}
+	root := &cobra.Command{
+		Use:   "memlinux",
+		Short: "Make a Linux that runs in memory, put it on a stick and prove that it boots",
+		Long: `memlinux makes a Linux that runs completely in memory, writes it on a USB stick
+or into a file, reads it back and proves in a virtual machine that it boots.`,
+		Example: `  sudo memlinux write /dev/sdb        a bootable stick
+  sudo memlinux write stick.img       a bootable disk image
+  sudo memlinux build -o out          kernel, initramfs and menu.lst for your own use
+  sudo memlinux vm stick.img          try it; Ctrl-A X leaves`,
+		Version: Version,
+	}
+	prepare(root, g)
+	root.AddCommand(newWrite(g), newBuild(g), newVerify(g), newVM(g), newDevices(g), newJobs(g), newVersion(g))
+	return root
+}
+
+func prepare(c *cobra.Command, g *global) {
+	c.SilenceErrors, c.SilenceUsage = true, true
+	c.PersistentFlags().BoolVar(&g.private, "private", false, "start a memlinuxd on a bus of its own for this command (done by itself where the caller is root and no service runs)")
+	c.PersistentFlags().BoolVar(&g.json, "json", false, "print one JSON object per event and a final report")
+	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	c.SetVersionTemplate("{{.Version}}\n")
+}
+
+// run executes the command. A signal cancels its context: the command then
+// cancels its job and waits for its end.
+func run(c *cobra.Command) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	executed, err := c.ExecuteContextC(ctx)
+	if err == nil {
+		return exitDone
+	}
+	var done reported
+	if !errors.As(err, &done) {
+		fmt.Fprintf(os.Stderr, "memlinux: %v\n", err)
+		var usage usageError
+		if errors.As(err, &usage) {
+			fmt.Fprintf(os.Stderr, "Try '%s --help'.\n", executed.CommandPath())
+		}
+	}
+	return exitCode(err)
+}
+
+// reported is an error that the final JSON object has told already.
+type reported struct{ error }
+
+func (r reported) Unwrap() error { return r.error }
+
+// args makes cobra's complaints about arguments usage errors.
+func args(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(c *cobra.Command, a []string) error {
+		if err := check(c, a); err != nil {
+			return usageError{err}
+		}
+		return nil
+	}
+}
+
+// job starts a job by start, follows it to its end and reports it. finish is
+// called with the job's report, if there is one, before that is printed, to
+// keep or drop what the job made; it returns what was kept.
+func (g *global) job(ctx context.Context, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(*api.Report) (string, error)) error {
+	job, output, err := g.follow(ctx, start, finish)
+	if g.json {
+		if jsonErr := printJSONReport(os.Stdout, job, output, err); jsonErr != nil {
+			return errors.Join(err, jsonErr)
+		}
+		if err != nil {
+			return reported{err}
+		}
+		return nil
+	}
+	if job.Report != nil {
+		printReport(os.Stdout, job.Report, output)
+	}
+	return err
+}
+
+func (g *global) follow(ctx context.Context, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(*api.Report) (string, error)) (job api.Job, output string, err error) {
+	c, err := client.Connect(ctx, g.private)
+	if err != nil {
+		return job, "", err
+	}
+	defer c.Close()
+	path, err := start(ctx, c)
+	if err != nil {
+		return job, "", err
+	}
+	v := newView(os.Stdout, g.json)
+	job, err = c.Follow(ctx, path, v.update)
+	v.end(err == nil && (job.State == api.StateSucceeded || job.Error == api.ErrVerification))
+	if err == nil && job.State != api.StateSucceeded {
+		err = &api.Error{Name: job.Error, Message: job.Message}
+	}
+	if finish != nil {
+		var keepErr error
+		output, keepErr = finish(job.Report)
+		err = errors.Join(err, keepErr)
+	}
+	return job, output, err
+}

@@ -1,0 +1,218 @@
+package command
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/dustin/go-humanize"
+	"github.com/godbus/dbus/v5"
+	"github.com/google/renameio/v2"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/memlinux/memlinux/cli/client"
+	"github.com/memlinux/memlinux/daemon/api"
+)
+
+type writeFlags struct {
+	recipe
+	yes, force, noBootTest bool
+	size                   string
+}
+
+func writeExamples(name string) string {
+	return fmt.Sprintf(`  sudo %[1]s /dev/sdb                               asks before it erases the stick
+  sudo %[1]s --yes stick.img                        a disk image
+  sudo %[1]s --yes --size 1GiB stick.img            a larger one
+  sudo %[1]s --kernel debian:linux-image-amd64 /dev/sdb`, name)
+}
+
+func newWrite(g *global) *cobra.Command {
+	var w writeFlags
+	c := &cobra.Command{
+		Use:   "write [flags] DEVICE|FILE",
+		Short: "Write a bootable stick or disk image, and prove that it boots",
+		Long: `Makes the in-memory system, writes it on a whole disk or into a new file, reads
+back what was written, and boots the result in a virtual machine under BIOS and
+UEFI firmware. All that the disk holds is lost. The disk of the running system,
+and whatever is mounted or in use, is refused.`,
+		Example: writeExamples("memlinux write"),
+		Args:    args(cobra.ExactArgs(1)),
+		RunE:    func(c *cobra.Command, a []string) error { return g.write(c.Context(), &w, a[0]) },
+	}
+	w.flags(c)
+	f := c.Flags()
+	f.BoolVarP(&w.yes, "yes", "y", false, "do not ask before a disk is erased")
+	f.BoolVar(&w.force, "force", false, "replace a FILE that exists")
+	f.BoolVar(&w.noBootTest, "no-boot-test", false, "do not boot the result in a virtual machine")
+	f.StringVar(&w.size, "size", "", "of a FILE, such as 512MiB (default: the least that fits)")
+	return c
+}
+
+func (g *global) write(ctx context.Context, w *writeFlags, target string) error {
+	t, err := resolveTarget(target)
+	if err != nil {
+		return err
+	}
+	if t.device != "" && (w.force || w.size != "") {
+		return usagef("--force and --size are for a file; %s is a device", target)
+	}
+	o, err := w.open()
+	if err != nil {
+		return err
+	}
+	defer o.close()
+	o.set(api.OptBootTest, !w.noBootTest)
+	if t.device != "" {
+		return g.writeDevice(ctx, w, t.device, o)
+	}
+	return g.writeFile(ctx, w, t.file, o)
+}
+
+// target is what the user named: a block device's kernel name, or a file.
+type target struct{ device, file string }
+
+// resolveTarget finds out what a path is without opening it. A path below /dev
+// that is not there is a typing mistake, never a new file.
+func resolveTarget(path string) (target, error) {
+	real, err := filepath.EvalSymlinks(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		abs, err := filepath.Abs(path)
+		if err != nil {
+			return target{}, err
+		}
+		if strings.HasPrefix(abs, "/dev/") {
+			return target{}, &api.Error{Name: api.ErrNoSuchDevice, Message: fmt.Sprintf("no such device: %s; list the disks with memlinux devices", path)}
+		}
+		return target{file: path}, nil
+	case err != nil:
+		return target{}, err
+	}
+	info, err := os.Stat(real)
+	if err != nil {
+		return target{}, err
+	}
+	switch mode := info.Mode(); {
+	case mode.IsRegular():
+		return target{file: real}, nil
+	case mode&fs.ModeDevice != 0 && mode&fs.ModeCharDevice == 0:
+		name, err := kernelName(info)
+		return target{device: name}, err
+	default:
+		return target{}, usagef("%s is neither a disk nor a regular file", path)
+	}
+}
+
+// kernelName is the kernel's own name of a block device: what /sys/dev/block
+// says of its number, whatever the node is called.
+func kernelName(info fs.FileInfo) (string, error) {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return "", errors.New("the device's number can't be read")
+	}
+	link, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(stat.Rdev), unix.Minor(stat.Rdev)))
+	if err != nil {
+		return "", &api.Error{Name: api.ErrNoSuchDevice, Message: fmt.Sprintf("%s is the node of a device that is not there; list the disks with memlinux devices", info.Name())}
+	}
+	return filepath.Base(link), nil
+}
+
+func (g *global) writeDevice(ctx context.Context, w *writeFlags, name string, o *opened) error {
+	return g.job(ctx, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
+		plan, err := c.Plan(ctx, name)
+		if err != nil {
+			return "", err
+		}
+		if len(plan.Refused) > 0 {
+			return "", refusedPlan(name, plan)
+		}
+		if !w.yes {
+			if err := g.confirm(ctx, c, name, plan); err != nil {
+				return "", err
+			}
+		}
+		return c.Start(context.WithoutCancel(ctx), "Write", api.DevicePath(name), plan.Token, o.options)
+	}, nil)
+}
+
+func refusedPlan(name string, plan api.Plan) error {
+	var reasons []string
+	for _, r := range plan.Refused {
+		reasons = append(reasons, r.Text)
+	}
+	return refusal("/dev/%s is refused: %s", name, strings.Join(reasons, "; "))
+}
+
+// confirm shows what will be lost and wants the device's name as the answer.
+func (g *global) confirm(ctx context.Context, c *client.Client, name string, plan api.Plan) error {
+	if g.json || !term.IsTerminal(int(os.Stdin.Fd())) {
+		return usagef("/dev/%s would be erased, and there is no terminal to ask at: say --yes if that is right", name)
+	}
+	d, err := c.Device(ctx, name)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("%s\n", strings.Join(nonEmpty("/dev/"+name, strings.TrimSpace(d.Vendor+" "+d.Model), serial(d.Serial), d.Transport, size(d.Size)), ", "))
+	if len(plan.Erases) == 0 {
+		fmt.Println("  holds nothing that is known")
+	}
+	for _, e := range plan.Erases {
+		fmt.Printf("  will be lost: %s\n", strings.Join(nonEmpty(e.Name, e.Type, size(e.Size), e.Label), ", "))
+	}
+	fmt.Printf("Type %s to erase it: ", name)
+	answer := make(chan string, 1)
+	go func() {
+		// Stays behind on a Ctrl-C; the process ends then.
+		s, _ := bufio.NewReader(io.LimitReader(os.Stdin, 256)).ReadString('\n')
+		answer <- strings.TrimSpace(s)
+	}()
+	select {
+	case <-ctx.Done():
+		fmt.Println()
+		return ctx.Err()
+	case s := <-answer:
+		if s != name {
+			return refusal("not erased: the answer was not %s", name)
+		}
+		return nil
+	}
+}
+
+func (g *global) writeFile(ctx context.Context, w *writeFlags, path string, o *opened) error {
+	if w.size != "" {
+		n, err := humanize.ParseBytes(w.size)
+		if err != nil || n == 0 {
+			return usagef("--size is %q; it must be like 512MiB", w.size)
+		}
+		o.set(api.OptSize, n)
+	}
+	if _, err := os.Lstat(path); err == nil && !w.force {
+		return refusal("%s exists; say --force to replace it", path)
+	}
+	// The image takes the file's name only when it is whole.
+	pending, err := renameio.NewPendingFile(path, renameio.WithPermissions(0o644), renameio.WithExistingPermissions())
+	if err != nil {
+		return err
+	}
+	defer pending.Cleanup() //nolint:errcheck // nothing is left to do where it was kept
+	return g.job(ctx, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
+		return c.Start(context.WithoutCancel(ctx), "WriteFile", fdOf(pending.File), o.options)
+	}, func(report *api.Report) (string, error) {
+		// What was written and read back stands, even where the boot test
+		// could not be run.
+		if report == nil || !report.Written {
+			return "", nil
+		}
+		return path, pending.CloseAtomicallyReplace()
+	})
+}

@@ -1,0 +1,142 @@
+// Package api is the D-Bus contract between memlinuxd and its clients: names,
+// option keys, errors, introspection data and the report that a job ends with.
+// Both sides import it, and a client imports nothing else of memlinux.
+//
+// All methods end in an options dictionary a{sv}; a key that a method does not
+// know is an error ([ErrInvalidOption]), so that a typo never passes silently.
+// The daemon opens no path that a client names: files come as descriptors (h),
+// devices as object paths.
+package api
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/godbus/dbus/v5"
+)
+
+// Names on the bus.
+const (
+	BusName = "org.memlinux.Memlinux1"
+
+	ManagerPath = dbus.ObjectPath("/org/memlinux/Memlinux1")
+	devicePath  = ManagerPath + "/devices/"
+	jobPath     = ManagerPath + "/jobs/"
+
+	ManagerInterface = "org.memlinux.Memlinux1.Manager"
+	JobInterface     = "org.memlinux.Memlinux1.Job"
+	DeviceInterface  = "org.memlinux.Memlinux1.Device"
+
+	PropertiesInterface     = "org.freedesktop.DBus.Properties"
+	ObjectManagerInterface  = "org.freedesktop.DBus.ObjectManager"
+	IntrospectableInterface = "org.freedesktop.DBus.Introspectable"
+)
+
+// Option keys. The D-Bus type of each value is in the comment.
+const (
+	OptKernel          = "kernel"            // s: auto or debian:PACKAGE; h: an open kernel file
+	OptKernelConfigs   = "kernel-configs"    // a{sh}: config-* files that lie beside the kernel file, by name
+	OptBusybox         = "busybox"           // h: a static busybox
+	OptCompression     = "compression"       // s: auto, zstd, gzip or none
+	OptAppend          = "append"            // s: more kernel command line
+	OptSourceDateEpoch = "source-date-epoch" // t: seconds since 1970, the time of every file in the result
+	OptFiles           = "files"             // a{sh}: files that Build writes its results into, by the names below
+	OptSize            = "size"              // t: bytes of the image that goes into a file; 0 is the least that fits
+	OptBootTest        = "boot-test"         // b: boot what was written (true)
+
+	OptDevice   = "device"   // o: the disk a virtual machine boots
+	OptFile     = "file"     // h: the disk image a virtual machine boots
+	OptInitrd   = "initrd"   // h: the initramfs of a direct kernel boot
+	OptData     = "data"     // h: a tar stream that becomes a data disc
+	OptFirmware = "firmware" // s: bios or uefi
+	OptMemory   = "memory"   // t: MiB of the virtual machine
+)
+
+// Names of the files that Build writes into, and of those on a stick.
+const (
+	FileKernel    = "vmlinuz"
+	FileInitramfs = "initramfs.img"
+	FileMenu      = "menu.lst"
+	FileManifest  = "manifest.json"
+)
+
+// BuildFiles lists the names that Build takes in [OptFiles].
+func BuildFiles() []string {
+	return []string{FileKernel, FileInitramfs, FileMenu, FileManifest}
+}
+
+// Job states.
+const (
+	StateRunning   = "running"
+	StateSucceeded = "succeeded"
+	StateFailed    = "failed"
+	StateCancelled = "cancelled"
+)
+
+// Job kinds.
+const (
+	KindBuild  = "build"
+	KindWrite  = "write"
+	KindVerify = "verify"
+	KindVM     = "vm"
+)
+
+// Keys of a job's Result.
+const (
+	ResultError  = "error"  // s: the name of the error that ended the job
+	ResultReport = "report" // s: a [Report] as JSON
+)
+
+// DevicePath is the object of the block device with the given kernel name
+// (sda). Every byte but a letter or digit becomes _ and two hex digits.
+func DevicePath(name string) dbus.ObjectPath {
+	var b strings.Builder
+	for _, c := range []byte(name) {
+		if isAlnum(c) {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "_%02x", c)
+		}
+	}
+	return devicePath + dbus.ObjectPath(b.String())
+}
+
+// DeviceName is the kernel name behind a path that [DevicePath] made, and
+// whether the path is one.
+func DeviceName(path dbus.ObjectPath) (string, bool) {
+	s, ok := strings.CutPrefix(string(path), string(devicePath))
+	if !ok || s == "" {
+		return "", false
+	}
+	var name []byte
+	for i := 0; i < len(s); i++ {
+		switch c := s[i]; {
+		case isAlnum(c):
+			name = append(name, c)
+		case c == '_' && i+2 < len(s):
+			var v byte
+			if _, err := fmt.Sscanf(s[i+1:i+3], "%02x", &v); err != nil {
+				return "", false
+			}
+			name = append(name, v)
+			i += 2
+		default:
+			return "", false
+		}
+	}
+	// Only the one spelling that DevicePath gives is a name.
+	return string(name), DevicePath(string(name)) == path
+}
+
+func isAlnum(c byte) bool {
+	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+}
+
+// JobPath is the object of the job with the given id.
+func JobPath(id string) dbus.ObjectPath { return jobPath + dbus.ObjectPath(id) }
+
+// JobID is the id behind a path that [JobPath] made, and whether it is one.
+func JobID(path dbus.ObjectPath) (string, bool) {
+	id, ok := strings.CutPrefix(string(path), string(jobPath))
+	return id, ok && id != "" && !strings.Contains(id, "/")
+}

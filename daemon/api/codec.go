@@ -1,0 +1,205 @@
+package api
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/godbus/dbus/v5"
+)
+
+// Properties is a dictionary of the bus, a{sv}.
+type Properties = map[string]dbus.Variant
+
+type wireContent struct {
+	Name  string
+	Size  uint64
+	Type  string
+	Label string
+}
+
+type wireReason struct{ Code, Text string }
+
+func contentsToWire(cs []Content) []wireContent {
+	w := make([]wireContent, len(cs))
+	for i, c := range cs {
+		w[i] = wireContent{c.Name, uint64(c.Size), c.Type, c.Label}
+	}
+	return w
+}
+
+func reasonsToWire(rs []Reason) []wireReason {
+	w := make([]wireReason, len(rs))
+	for i, r := range rs {
+		w[i] = wireReason(r)
+	}
+	return w
+}
+
+// load stores the value of key in dst; a missing key leaves dst as it is.
+func load(p Properties, key string, dst any) error {
+	v, ok := p[key]
+	if !ok {
+		return nil
+	}
+	if err := dbus.Store([]any{v.Value()}, dst); err != nil {
+		return fmt.Errorf("%s: %w", key, err)
+	}
+	return nil
+}
+
+type field struct {
+	key string
+	dst any
+}
+
+func loadAll(p Properties, fields ...field) error {
+	for _, f := range fields {
+		if err := load(p, f.key, f.dst); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func loadContents(p Properties, key string) ([]Content, error) {
+	var w []wireContent
+	if err := load(p, key, &w); err != nil {
+		return nil, err
+	}
+	var cs []Content
+	for _, c := range w {
+		cs = append(cs, Content{c.Name, int64(c.Size), c.Type, c.Label})
+	}
+	return cs, nil
+}
+
+func loadReasons(p Properties, key string) ([]Reason, error) {
+	var w []wireReason
+	if err := load(p, key, &w); err != nil {
+		return nil, err
+	}
+	var rs []Reason
+	for _, r := range w {
+		rs = append(rs, Reason(r))
+	}
+	return rs, nil
+}
+
+// Properties gives the device as the bus shows it.
+func (d Device) Properties() Properties {
+	return Properties{
+		"Name":       dbus.MakeVariant(d.Name),
+		"Path":       dbus.MakeVariant(d.Path),
+		"Size":       dbus.MakeVariant(uint64(d.Size)),
+		"SectorSize": dbus.MakeVariant(uint32(d.SectorSize)),
+		"Vendor":     dbus.MakeVariant(d.Vendor),
+		"Model":      dbus.MakeVariant(d.Model),
+		"Serial":     dbus.MakeVariant(d.Serial),
+		"Transport":  dbus.MakeVariant(d.Transport),
+		"Removable":  dbus.MakeVariant(d.Removable),
+		"ReadOnly":   dbus.MakeVariant(d.ReadOnly),
+		"Contents":   dbus.MakeVariant(contentsToWire(d.Contents)),
+		"Refused":    dbus.MakeVariant(reasonsToWire(d.Refused)),
+	}
+}
+
+// DeviceFrom reads what [Device.Properties] made.
+func DeviceFrom(p Properties) (d Device, err error) {
+	var size uint64
+	var sector uint32
+	if err := loadAll(p, field{"Name", &d.Name}, field{"Path", &d.Path}, field{"Size", &size}, field{"SectorSize", &sector},
+		field{"Vendor", &d.Vendor}, field{"Model", &d.Model}, field{"Serial", &d.Serial}, field{"Transport", &d.Transport},
+		field{"Removable", &d.Removable}, field{"ReadOnly", &d.ReadOnly}); err != nil {
+		return Device{}, fmt.Errorf("device: %w", err)
+	}
+	d.Size, d.SectorSize = int64(size), int(sector)
+	if d.Contents, err = loadContents(p, "Contents"); err != nil {
+		return Device{}, fmt.Errorf("device: %w", err)
+	}
+	if d.Refused, err = loadReasons(p, "Refused"); err != nil {
+		return Device{}, fmt.Errorf("device: %w", err)
+	}
+	return d, nil
+}
+
+// Dictionary gives the plan as the Plan method returns it.
+func (p Plan) Dictionary() Properties {
+	return Properties{
+		"token":   dbus.MakeVariant(p.Token),
+		"refused": dbus.MakeVariant(reasonsToWire(p.Refused)),
+		"erases":  dbus.MakeVariant(contentsToWire(p.Erases)),
+	}
+}
+
+// PlanFrom reads what [Plan.Dictionary] made.
+func PlanFrom(p Properties) (plan Plan, err error) {
+	if err := load(p, "token", &plan.Token); err != nil {
+		return Plan{}, fmt.Errorf("plan: %w", err)
+	}
+	if plan.Refused, err = loadReasons(p, "refused"); err != nil {
+		return Plan{}, fmt.Errorf("plan: %w", err)
+	}
+	if plan.Erases, err = loadContents(p, "erases"); err != nil {
+		return Plan{}, fmt.Errorf("plan: %w", err)
+	}
+	return plan, nil
+}
+
+// Properties gives the job as the bus shows it.
+func (j Job) Properties() Properties {
+	return Properties{
+		"Id":         dbus.MakeVariant(j.ID),
+		"Kind":       dbus.MakeVariant(j.Kind),
+		"Owner":      dbus.MakeVariant(j.Owner),
+		"Cancelable": dbus.MakeVariant(j.Cancelable),
+		"State":      dbus.MakeVariant(j.State),
+		"Phase":      dbus.MakeVariant(j.Phase),
+		"Progress":   dbus.MakeVariant(j.Progress),
+		"Bytes":      dbus.MakeVariant(j.Bytes),
+		"Total":      dbus.MakeVariant(j.Total),
+		"Rate":       dbus.MakeVariant(j.Rate),
+		"Message":    dbus.MakeVariant(j.Message),
+		"Result":     dbus.MakeVariant(j.Result()),
+	}
+}
+
+// Result is the job's Result property: empty while it runs, afterwards its
+// report and the name of the error that ended it, where there are such.
+func (j Job) Result() Properties {
+	r := Properties{}
+	if j.State == StateRunning {
+		return r
+	}
+	if j.Error != "" {
+		r[ResultError] = dbus.MakeVariant(j.Error)
+	}
+	if j.Report != nil {
+		// A Report is plain data: it can't fail to marshal.
+		text, _ := json.Marshal(j.Report)
+		r[ResultReport] = dbus.MakeVariant(string(text))
+	}
+	return r
+}
+
+// Update stores in j what p holds; keys that p lacks stay as they are, so that
+// it serves GetAll and PropertiesChanged alike.
+func (j *Job) Update(p Properties) error {
+	var result Properties
+	if err := loadAll(p, field{"Id", &j.ID}, field{"Kind", &j.Kind}, field{"Owner", &j.Owner}, field{"Cancelable", &j.Cancelable},
+		field{"State", &j.State}, field{"Phase", &j.Phase}, field{"Progress", &j.Progress}, field{"Bytes", &j.Bytes},
+		field{"Total", &j.Total}, field{"Rate", &j.Rate}, field{"Message", &j.Message}, field{"Result", &result}); err != nil {
+		return fmt.Errorf("job: %w", err)
+	}
+	var text string
+	if err := loadAll(result, field{ResultError, &j.Error}, field{ResultReport, &text}); err != nil {
+		return fmt.Errorf("job: %w", err)
+	}
+	if text == "" {
+		return nil
+	}
+	j.Report = new(Report)
+	if err := json.Unmarshal([]byte(text), j.Report); err != nil {
+		return fmt.Errorf("job: report: %w", err)
+	}
+	return nil
+}

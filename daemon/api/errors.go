@@ -1,0 +1,57 @@
+package api
+
+import (
+	"errors"
+
+	"github.com/godbus/dbus/v5"
+)
+
+// Errors of the contract, as names on the bus. The message of each is a
+// sentence that says what to do next.
+const (
+	errPrefix = "org.memlinux.Memlinux1.Error."
+
+	ErrFailed         = errPrefix + "Failed"         // anything that has no name of its own
+	ErrNotAuthorized  = errPrefix + "NotAuthorized"  // the caller may not do this
+	ErrNoSuchDevice   = errPrefix + "NoSuchDevice"   // no block device of that name
+	ErrDeviceBusy     = errPrefix + "DeviceBusy"     // mounted, held or opened by somebody else
+	ErrDeviceIsSystem = errPrefix + "DeviceIsSystem" // the running system lives on it
+	ErrDeviceRefused  = errPrefix + "DeviceRefused"  // another reason against writing it
+	ErrDeviceChanged  = errPrefix + "DeviceChanged"  // not the device that was planned for
+	ErrNoSpace        = errPrefix + "NoSpace"        // the target is too small
+	ErrBusy           = errPrefix + "Busy"           // too many jobs run
+	ErrCancelled      = errPrefix + "Cancelled"      // the job was cancelled
+	ErrInvalidOption  = errPrefix + "InvalidOption"  // an unknown option, or a value of the wrong type
+	ErrInvalidRecipe  = errPrefix + "InvalidRecipe"  // a kernel or busybox that can't make a system
+	ErrVerification   = errPrefix + "Verification"   // written, but not proven
+	ErrMissingProgram = errPrefix + "MissingProgram" // a program or its data is not installed
+	ErrNoSuchJob      = errPrefix + "NoSuchJob"      // no job of that id
+)
+
+// Error is an error of the contract.
+type Error struct {
+	Name    string // one of the names above
+	Message string
+}
+
+// NewError makes an Error of err, keeping its message.
+func NewError(name string, err error) *Error { return &Error{Name: name, Message: err.Error()} }
+
+func (e *Error) Error() string { return e.Message }
+
+// DBusError gives godbus the error's name and body.
+func (e *Error) DBusError() (string, []any) { return e.Name, []any{e.Message} }
+
+// ErrorName is the contract's name for err: that of an [Error] or of a
+// dbus.Error in its chain, ErrFailed for any other.
+func ErrorName(err error) string {
+	var e *Error
+	if errors.As(err, &e) {
+		return e.Name
+	}
+	var d dbus.Error
+	if errors.As(err, &d) {
+		return d.Name
+	}
+	return ErrFailed
+}

@@ -1,0 +1,128 @@
+package api
+
+// Report is what a job has proven. It is the one schema of the result, on the
+// bus (as JSON under [ResultReport]) as well as for --json. Sizes are bytes.
+type Report struct {
+	Kind     string   `json:"kind"`             // the job's kind
+	Target   *Target  `json:"target,omitempty"` // what was written or verified
+	System   *System  `json:"system,omitempty"`
+	Image    *Image   `json:"image,omitempty"`
+	Boots    []Boot   `json:"boots,omitempty"`
+	Written  bool     `json:"written"`  // the whole image is on the target and was read back
+	Verified bool     `json:"verified"` // every check that was asked for was run and passed
+	Warnings []string `json:"warnings,omitempty"`
+	Seconds  float64  `json:"seconds"` // from the job's start
+}
+
+// Target is the disk or file that a job is about.
+type Target struct {
+	Kind       string `json:"kind"` // device or file
+	Name       string `json:"name,omitempty"`
+	Model      string `json:"model,omitempty"`
+	Serial     string `json:"serial,omitempty"`
+	Transport  string `json:"transport,omitempty"`
+	Size       int64  `json:"size"`
+	SectorSize int    `json:"sector_size"`
+}
+
+// System is the generated in-memory system.
+type System struct {
+	ID              string `json:"id"`      // the System's digest
+	Cmdline         string `json:"cmdline"` // as the boot entry gives it to the kernel
+	KernelRelease   string `json:"kernel_release"`
+	KernelSource    string `json:"kernel_source,omitempty"`
+	KernelSize      int64  `json:"kernel_size"`
+	KernelSHA256    string `json:"kernel_sha256"`
+	InitramfsSize   int64  `json:"initramfs_size"`
+	InitramfsSHA256 string `json:"initramfs_sha256"`
+}
+
+// Image is the disk image that was written or found.
+type Image struct {
+	Size          int64    `json:"size"`
+	Bytes         int64    `json:"bytes"` // in all extents
+	Extents       []Extent `json:"extents"`
+	VolumeID      string   `json:"volume_id"`      // of the EFI System Partition, XXXX-XXXX
+	SHA256Planned string   `json:"sha256_planned"` // the image's digest before a byte was written
+	SHA256Written string   `json:"sha256_written"` // of what was written
+	SHA256Read    string   `json:"sha256_read"`    // of what was read back
+}
+
+// Extent is a run of bytes on a disk.
+type Extent struct {
+	Offset int64 `json:"offset"`
+	Length int64 `json:"length"`
+}
+
+// Boot is the verdict on one firmware. Seconds are host time from the start of
+// QEMU; 0 means not reached.
+type Boot struct {
+	Firmware   string  `json:"firmware"` // bios or uefi
+	OK         bool    `json:"ok"`
+	Skipped    bool    `json:"skipped,omitempty"` // this disk can't boot so on any machine; Reason says why
+	Reason     string  `json:"reason,omitempty"`  // why it is not OK
+	GRUB       float64 `json:"seconds_to_grub"`
+	Kernel     float64 `json:"seconds_to_kernel"`
+	Ready      float64 `json:"seconds_to_ready"`
+	RAM        int     `json:"ram_mib,omitempty"` // as the booted system saw it
+	Shell      bool    `json:"shell"`             // the shell on the serial console answered
+	Accel      string  `json:"accelerator,omitempty"`
+	QEMU       string  `json:"qemu,omitempty"` // version
+	ConsoleLog string  `json:"console_log,omitempty"`
+	Screenshot string  `json:"screenshot,omitempty"`
+}
+
+// Plan is what a write would do to a device.
+type Plan struct {
+	Token   string   // proves to Write that the device is still this one
+	Refused []Reason // every reason against writing it; empty when it may be written
+	Erases  []Content
+}
+
+// Reason is why a device may not be written.
+type Reason struct {
+	Code string `json:"code"`
+	Text string `json:"text"`
+}
+
+// Content is something that a device holds: a filesystem, a partition table, a
+// partition.
+type Content struct {
+	Name  string `json:"name"` // the device or partition it is on
+	Size  int64  `json:"size"`
+	Type  string `json:"type"`
+	Label string `json:"label,omitempty"`
+}
+
+// Device is a disk as the bus shows it.
+type Device struct {
+	Name       string    `json:"name"` // kernel name
+	Path       string    `json:"path"` // device node
+	Size       int64     `json:"size"`
+	SectorSize int       `json:"sector_size"`
+	Vendor     string    `json:"vendor,omitempty"`
+	Model      string    `json:"model,omitempty"`
+	Serial     string    `json:"serial,omitempty"`
+	Transport  string    `json:"transport,omitempty"`
+	Removable  bool      `json:"removable"`
+	ReadOnly   bool      `json:"read_only"`
+	Contents   []Content `json:"contents,omitempty"`
+	Refused    []Reason  `json:"refused,omitempty"`
+}
+
+// Job is a job as the bus shows it.
+type Job struct {
+	ID         string  `json:"id"`
+	Kind       string  `json:"kind"`
+	Owner      uint32  `json:"owner"` // uid
+	Cancelable bool    `json:"cancelable"`
+	State      string  `json:"state"`
+	Phase      string  `json:"phase"`
+	Progress   float64 `json:"progress"` // of the whole job, 0 to 1; 1 only when it succeeded
+	Bytes      uint64  `json:"bytes"`    // done in this phase
+	Total      uint64  `json:"total"`    // of this phase; 0 if unknown
+	Rate       uint64  `json:"rate"`     // bytes per second
+	Message    string  `json:"message,omitempty"`
+	Error      string  `json:"error,omitempty"` // the name of the error that ended it
+	Report     *Report `json:"report,omitempty"`
+}

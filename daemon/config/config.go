@@ -1,0 +1,93 @@
+// Package config reads memlinuxd's configuration: /etc/memlinux/memlinux.toml,
+// then the environment (MEMLINUX_CACHE_DIR for cache-dir, and so on), which
+// wins. Every key is optional; one that is not known is an error.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"time"
+
+	"github.com/spf13/viper"
+)
+
+// DefaultPath is the file that is read where no other is named. It need not
+// exist.
+const DefaultPath = "/etc/memlinux/memlinux.toml"
+
+// Config is how memlinuxd works on this machine.
+type Config struct {
+	CacheDir     string        `mapstructure:"cache-dir"`     // kernels and generated systems; may be emptied at any time
+	StateDir     string        `mapstructure:"state-dir"`     // jobs, console logs and screenshots
+	Kernel       string        `mapstructure:"kernel"`        // where a client names none: auto or debian:PACKAGE
+	Memory       int           `mapstructure:"memory"`        // MiB of a virtual machine where a client names none
+	JobRetention time.Duration `mapstructure:"job-retention"` // how long an ended job can be asked for
+}
+
+var defaults = map[string]any{
+	"cache-dir":     "/var/cache/memlinux",
+	"state-dir":     "/var/lib/memlinux",
+	"kernel":        "auto",
+	"memory":        512,
+	"job-retention": 15 * time.Minute,
+}
+
+// Load reads the file at path. Only the default file may be missing.
+func Load(path string) (Config, error) {
+	v := viper.New()
+	v.SetConfigFile(path)
+	v.SetConfigType("toml")
+	v.SetEnvPrefix("MEMLINUX")
+	v.SetEnvKeyReplacer(strings.NewReplacer("-", "_"))
+	for key, value := range defaults {
+		v.SetDefault(key, value)
+		// AutomaticEnv is not seen by Unmarshal, so each key is bound.
+		if err := v.BindEnv(key); err != nil {
+			return Config{}, fmt.Errorf("configuration: %w", err)
+		}
+	}
+	if err := v.ReadInConfig(); err != nil && (path != DefaultPath || !errors.Is(err, os.ErrNotExist)) {
+		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	for _, key := range v.AllKeys() {
+		if _, ok := defaults[key]; !ok {
+			return Config{}, fmt.Errorf("configuration %s: unknown key %q; known are %s", path, key, strings.Join(Keys(), ", "))
+		}
+	}
+	var c Config
+	if err := v.UnmarshalExact(&c); err != nil {
+		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	return c, c.check(path)
+}
+
+// Keys lists the known keys.
+func Keys() []string {
+	var keys []string
+	t := reflect.TypeFor[Config]()
+	for i := range t.NumField() {
+		keys = append(keys, t.Field(i).Tag.Get("mapstructure"))
+	}
+	return keys
+}
+
+func (c Config) check(path string) error {
+	bad := func(key, why string) error { return fmt.Errorf("configuration %s: %s %s", path, key, why) }
+	switch {
+	case !filepath.IsAbs(c.CacheDir):
+		return bad("cache-dir", "must be an absolute path")
+	case !filepath.IsAbs(c.StateDir):
+		return bad("state-dir", "must be an absolute path")
+	case c.Kernel != "auto" && !strings.HasPrefix(c.Kernel, "debian:"):
+		return bad("kernel", "must be auto or debian:PACKAGE")
+	case c.Memory < 64 || c.Memory > 1<<20:
+		return bad("memory", "must be 64 to 1048576 (MiB)")
+	case c.JobRetention < time.Minute:
+		return bad("job-retention", "must be at least 1m")
+	}
+	return nil
+}

@@ -1,0 +1,73 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func write(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "memlinux.toml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestFileThenEnvironment(t *testing.T) {
+	t.Setenv("MEMLINUX_STATE_DIR", "/srv/state")
+	t.Setenv("MEMLINUX_MEMORY", "1024")
+	c, err := Load(write(t, "cache-dir = \"/srv/cache\"\nstate-dir = \"/loses\"\njob-retention = \"2m\"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{CacheDir: "/srv/cache", StateDir: "/srv/state", Kernel: "auto", Memory: 1024, JobRetention: 2 * time.Minute}
+	if c != want {
+		t.Errorf("got %+v, want %+v", c, want)
+	}
+}
+
+func TestEveryFieldHasADefault(t *testing.T) {
+	if len(Keys()) != len(defaults) {
+		t.Errorf("keys %v, defaults %v", Keys(), defaults)
+	}
+	c, err := Load(write(t, ""))
+	if err != nil || c.CacheDir != "/var/cache/memlinux" {
+		t.Errorf("an empty file gave %+v, %v", c, err)
+	}
+}
+
+func TestBadConfigurationNamesFileAndKey(t *testing.T) {
+	for name, c := range map[string]struct{ text, want string }{
+		"unknown key":       {"cashe-dir = \"/x\"\n", "cashe-dir"},
+		"unknown table":     {"[vm]\nmemory = 1\n", "vm.memory"},
+		"wrong type":        {"memory = \"much\"\n", "memory"},
+		"relative folder":   {"cache-dir = \"x\"\n", "cache-dir"},
+		"kernel by path":    {"kernel = \"/boot/vmlinuz\"\n", "kernel"},
+		"too little memory": {"memory = 1\n", "memory"},
+		"not TOML":          {"= =\n", "toml"},
+	} {
+		path := write(t, c.text)
+		_, err := Load(path)
+		if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := Load(filepath.Join(t.TempDir(), "none.toml")); err == nil {
+		t.Error("a named file that is missing was taken")
+	}
+}
+
+func FuzzLoad(f *testing.F) {
+	f.Add("cache-dir = \"/x\"\n[a.b]\nc = [1, {d = 2}]\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		path := filepath.Join(t.TempDir(), "f.toml")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = Load(path)
+	})
+}
