@@ -8,6 +8,7 @@ package need
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -72,4 +73,22 @@ func Loop(t testing.TB, file string, sectorSize string) string {
 		}
 	})
 	return dev
+}
+
+// Cache is the folder where tests keep what is slow to get, such as kernels:
+// MEMLINUX_TEST_CACHE, else memlinux-test in the user's cache.
+func Cache(t testing.TB) string {
+	t.Helper()
+	dir := os.Getenv("MEMLINUX_TEST_CACHE")
+	if dir == "" {
+		base, err := os.UserCacheDir()
+		if err != nil {
+			unmet(t, "needs a folder for its cache; set MEMLINUX_TEST_CACHE: %v", err)
+		}
+		dir = filepath.Join(base, "memlinux-test")
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
