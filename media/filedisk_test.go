@@ -100,3 +100,25 @@ func TestFileDiskRefuses(t *testing.T) {
 		})
 	}
 }
+
+// A stick's amount of data, written to a file and read back.
+func BenchmarkWrite(b *testing.B) {
+	im := testImage(512*mib, 512, 0, mib, mib, 59*mib)
+	b.SetBytes(im.DataBytes())
+	for b.Loop() {
+		f, err := os.Create(filepath.Join(b.TempDir(), "stick.img"))
+		if err != nil {
+			b.Fatal(err)
+		}
+		d, err := NewFileDisk(f, im)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := Write(b.Context(), d, im, nil); err != nil {
+			b.Fatal(err)
+		}
+		if err := f.Close(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

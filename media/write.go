@@ -34,7 +34,8 @@ type geometry interface {
 // goroutine at a time.
 type Progress func(phase string, done, total int64)
 
-// The phases that Write reports.
+// The phases that Write reports, one after the other. The first MiB, which is
+// written after the rest was read back, counts in PhaseReadBack only.
 const (
 	PhaseWrite    = "write"
 	PhaseReadBack = "read back"
@@ -103,7 +104,7 @@ func Write(ctx context.Context, d Disk, im *Image, progress Progress) (Result, e
 			return Result{}, &NoSpaceError{Where: "the disk", Need: im.Size, Have: g.Size()}
 		}
 	}
-	w := &writer{d: d, im: im, progress: progress, total: im.DataBytes(), seed: maphash.MakeSeed()}
+	w := &writer{d: d, im: im, progress: progress, seed: maphash.MakeSeed()}
 	if err := w.readHead(ctx); err != nil {
 		return Result{}, fmt.Errorf("write: %w", err)
 	}
@@ -125,7 +126,6 @@ type writer struct {
 	d        Disk
 	im       *Image
 	progress Progress
-	total    int64
 
 	head  []byte // the image's first MiB, zeros between extents
 	spans []span // the parts of head that extents cover
@@ -162,9 +162,14 @@ func (w *writer) readHead(ctx context.Context) error {
 
 func (w *writer) run(ctx context.Context) (Result, error) {
 	var res Result
-	report := func(phase string, done int64) {
+	all := w.im.DataBytes()
+	rest := all
+	for _, s := range w.spans {
+		rest -= s.to - s.from
+	}
+	report := func(phase string, done, total int64) {
 		if w.progress != nil {
-			w.progress(phase, done, w.total)
+			w.progress(phase, done, total)
 		}
 	}
 
@@ -175,7 +180,7 @@ func (w *writer) run(ctx context.Context) (Result, error) {
 	// The image's digest runs over the extents in their order, so the head,
 	// which is written last, is hashed first.
 	written := w.headDigest()
-	report(PhaseWrite, 0)
+	report(PhaseWrite, 0, rest)
 	err := stream(ctx, w.im.Extents, int64(len(w.head)),
 		func(c chunk) error {
 			e := w.im.Extents[c.extent]
@@ -191,7 +196,7 @@ func (w *writer) run(ctx context.Context) (Result, error) {
 				return err
 			}
 			res.Bytes += int64(len(c.data))
-			report(PhaseWrite, res.Bytes)
+			report(PhaseWrite, res.Bytes, rest)
 			return nil
 		})
 	if err != nil {
@@ -212,7 +217,7 @@ func (w *writer) run(ctx context.Context) (Result, error) {
 	// is read back below, or no digest is returned at all.
 	read := w.headDigest()
 	var done int64
-	report(PhaseReadBack, 0)
+	report(PhaseReadBack, 0, all)
 	err = stream(ctx, w.im.Extents, int64(len(w.head)),
 		func(c chunk) error { return readDisk(w.d, c.data, c.offset) },
 		func(c chunk) error {
@@ -221,7 +226,7 @@ func (w *writer) run(ctx context.Context) (Result, error) {
 			}
 			read.Write(c.data)
 			done += int64(len(c.data))
-			report(PhaseReadBack, done)
+			report(PhaseReadBack, done, all)
 			return nil
 		})
 	if err != nil {
@@ -238,11 +243,10 @@ func (w *writer) run(ctx context.Context) (Result, error) {
 	if err != nil {
 		return res, fmt.Errorf("write: %w", err)
 	}
-	report(PhaseWrite, res.Bytes)
 	if err := w.compareHead(); err != nil {
 		return res, fmt.Errorf("read back: %w", err)
 	}
-	report(PhaseReadBack, done+n)
+	report(PhaseReadBack, all, all)
 	res.DigestRead = sum(read)
 	return res, nil
 }
