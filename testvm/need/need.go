@@ -87,7 +87,7 @@ func Cache(t testing.TB) string {
 		}
 		dir = filepath.Join(base, "memlinux-test")
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // kernels are no secret
 		t.Fatal(err)
 	}
 	return dir

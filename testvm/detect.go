@@ -1,0 +1,299 @@
+package testvm
+
+import (
+	"bytes"
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+)
+
+// The stages of a boot, as [Prove] reports them.
+const (
+	StageFirmware = "firmware" // QEMU runs
+	StageGRUB     = "grub"     // the boot loader's menu, or its "Booting"
+	StageKernel   = "kernel"   // the kernel's first line
+	StageReady    = "ready"    // the ready line
+)
+
+// detector follows a boot by what the machine writes on its serial line. It
+// takes bytes in any portions: only their order matters.
+type detector struct {
+	buildID string // what the ready line must say
+
+	toGRUB, toKernel, toReady time.Duration // since QEMU's start; 0: not seen
+	ramMiB                    int
+	failure                   string // why the boot can't succeed any more, or ""
+	evidence                  string // the console's line that says so, once it is whole
+	shell                     bool   // shellAnswer was seen after the ready line
+
+	serial, firmware stream
+	last             []string // the last lines of both that were not empty
+}
+
+// stream is one of the machine's lines.
+type stream struct {
+	stripper stripper
+	line     []byte // the text line so far
+}
+
+const (
+	// keepLines is how much of the console a failed proof quotes.
+	keepLines = 6
+	// maxLine cuts what has no line ends at all, such as random bytes.
+	maxLine = 1024
+
+	// maxQuote cuts a quoted line, in characters.
+	maxQuote = 160
+
+	shellQuestion = "echo memlinux-$((6*7))"
+	shellAnswer   = "memlinux-42"
+)
+
+var readyLine = regexp.MustCompile(`memlinux: ready build=(\S+) ram=([0-9]{1,9}) MiB`)
+
+// stages by what is seen first of them. A stage that is seen passes the ones
+// before it: a menu may be switched off.
+var (
+	grubSigns  = []string{"GNU GRUB", "Booting `", "Welcome to GRUB!"}
+	kernelSign = "Linux version "
+)
+
+// deadEnds are the words after which no boot succeeds, and what they mean.
+var deadEnds = []struct{ sign, meaning string }{
+	{"No bootable device", "the firmware found nothing to boot on the disk"},
+	{"No bootable option or device was found", "the firmware found nothing to boot on the disk"},
+	{"UEFI Interactive Shell", "the firmware found nothing to boot on the disk"},
+	{"grub rescue>", "GRUB did not find its modules and fell back to its rescue prompt"},
+	// A search that fails leaves $root alone, so that the boot can still go on
+	// by luck: here the stick is the only disk, on a PC it is not.
+	{"error: no such device", "GRUB did not find the volume that it searched for"},
+	{"error: you need to load the kernel first", "GRUB could not load the kernel"},
+	{"error: out of memory", "GRUB ran out of memory"},
+	{"Initramfs unpacking failed", "the kernel could not unpack the initramfs: it is damaged, or too large for the machine's memory"},
+	{"Failed to execute /init", "the kernel could not run /init of the initramfs"},
+	{"Kernel panic", "the kernel panicked"},
+}
+
+// grubPrompt alone at the start of a line is GRUB without a menu.
+const grubPrompt = "grub>"
+
+// feedSerial takes bytes of the serial line that arrived at, since QEMU's start.
+func (d *detector) feedSerial(p []byte, at time.Duration) {
+	d.feed(&d.serial, p, func() { d.matchSerial(at) })
+}
+
+// feedFirmware takes bytes of SeaBIOS's debug port, where it says what it says
+// on the screen; on the serial line it says nothing. Behind the firmware, it
+// only tells of video modes.
+func (d *detector) feedFirmware(p []byte) {
+	if d.stage() == StageFirmware {
+		d.feed(&d.firmware, p, func() { d.matchDeadEnds(d.firmware.line) })
+	}
+}
+
+func (d *detector) feed(s *stream, p []byte, match func()) {
+	for _, c := range p {
+		switch c = s.stripper.strip(c); c {
+		case 0:
+		case '\n':
+			d.endLine(s)
+		default:
+			s.line = append(s.line, c)
+			match()
+			if len(s.line) == maxLine {
+				d.endLine(s)
+			}
+		}
+	}
+}
+
+func (d *detector) endLine(s *stream) {
+	if text := quotable(s.line); text != "" {
+		if d.failure != "" && d.evidence == "" {
+			d.evidence = text
+		}
+		d.last = append(d.last, text)
+		if len(d.last) > keepLines {
+			d.last = d.last[1:]
+		}
+	}
+	s.line = s.line[:0]
+}
+
+// endsWith looks at what the newest byte of a line completes.
+func endsWith(line []byte, sign string) bool {
+	return line[len(line)-1] == sign[len(sign)-1] && bytes.HasSuffix(line, []byte(sign))
+}
+
+func (d *detector) matchSerial(at time.Duration) {
+	line := d.serial.line
+	if d.toReady != 0 {
+		d.shell = d.shell || endsWith(line, shellAnswer)
+		return
+	}
+	if d.toGRUB == 0 && d.toKernel == 0 {
+		for _, sign := range grubSigns {
+			if endsWith(line, sign) {
+				d.toGRUB = at
+			}
+		}
+	}
+	if d.toKernel == 0 && endsWith(line, kernelSign) {
+		d.toKernel = at
+	}
+	d.matchDeadEnds(line)
+	if d.failure == "" && endsWith(line, " MiB") {
+		if m := readyLine.FindSubmatch(line); m != nil {
+			if got := string(m[1]); got != d.buildID {
+				d.failure = fmt.Sprintf("booted build %s, expected %s", printable(got), d.buildID)
+				return
+			}
+			d.ramMiB, _ = strconv.Atoi(string(m[2])) // nine digits at most
+			d.toReady = at
+		}
+	}
+}
+
+func (d *detector) matchDeadEnds(line []byte) {
+	if d.failure != "" {
+		return
+	}
+	for _, e := range deadEnds {
+		if endsWith(line, e.sign) {
+			d.failure = e.meaning
+		}
+	}
+	if string(line) == grubPrompt {
+		d.failure = "GRUB found no menu and shows its prompt"
+	}
+}
+
+// stage is how far the boot came.
+func (d *detector) stage() string {
+	switch {
+	case d.toReady != 0:
+		return StageReady
+	case d.toKernel != 0:
+		return StageKernel
+	case d.toGRUB != 0:
+		return StageGRUB
+	}
+	return StageFirmware
+}
+
+// verdict is the failure and the line that shows it, for a person.
+func (d *detector) verdict() string {
+	if d.evidence == "" {
+		return d.failure
+	}
+	return d.failure + ": " + d.evidence
+}
+
+// quote is the console's last lines, for a person.
+func (d *detector) quote() string {
+	lines := d.last
+	if text := quotable(d.serial.line); text != "" {
+		lines = append(lines[:len(lines):len(lines)], text)
+	}
+	if len(lines) == 0 {
+		return "the console stayed empty"
+	}
+	return "the console's last lines: " + strings.Join(lines, " | ")
+}
+
+// quotable is a line as it is quoted, which has an end.
+func quotable(line []byte) string {
+	text := []rune(strings.TrimSpace(printable(string(line))))
+	return string(text[:min(len(text), maxQuote)])
+}
+
+// printable drops what could move a terminal's cursor or worse.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r == unicode.ReplacementChar || !unicode.IsPrint(r) {
+			return -1
+		}
+		return r
+	}, s)
+}
+
+// stripper removes terminal control from a stream, byte by byte (ECMA-48):
+// GRUB and UEFI paint the screen, and their text is interleaved with it.
+type stripper struct {
+	state stripState
+}
+
+type stripState int
+
+const (
+	stripText   stripState = iota
+	stripEscape            // behind ESC
+	stripCSI               // behind ESC [
+	stripString            // in an OSC, DCS, SOS, PM or APC string
+	stripStringEscape
+	stripCharset // behind ESC and an intermediate byte
+)
+
+// strip returns c if it is text, '\n' if it ends a line or moves the cursor,
+// and 0 if it is nothing.
+func (s *stripper) strip(c byte) byte {
+	const esc, bel, can, sub = 0x1b, 0x07, 0x18, 0x1a
+	if c == can || c == sub { // both abort a sequence
+		s.state = stripText
+		return 0
+	}
+	switch s.state {
+	case stripText:
+		switch {
+		case c == esc:
+			s.state = stripEscape
+		case c == '\n':
+			return c
+		case c >= 0x20 && c != 0x7f:
+			return c
+		}
+	case stripEscape:
+		switch {
+		case c == '[':
+			s.state = stripCSI
+		case c == ']' || c == 'P' || c == 'X' || c == '^' || c == '_':
+			s.state = stripString
+		case c >= 0x20 && c < 0x30:
+			s.state = stripCharset
+		case c != esc:
+			s.state = stripText
+		}
+	case stripCSI:
+		switch {
+		case c == esc:
+			s.state = stripEscape
+		case c == '\n':
+			// Cut off by a reset or a kernel that takes over the line.
+			s.state = stripText
+			return c
+		case c >= 0x40 && c < 0x7f:
+			s.state = stripText
+			switch c {
+			case 'H', 'f', 'J', 'A', 'B', 'E', 'F', 'd': // another line
+				return '\n'
+			}
+		}
+	case stripString:
+		switch c {
+		case bel, '\n': // no string of ours has lines: it was cut off
+			s.state = stripText
+		case esc:
+			s.state = stripStringEscape
+		}
+	case stripStringEscape: // ESC \ ends the string, and so does any other
+		s.state = stripText
+	case stripCharset:
+		if c >= 0x30 {
+			s.state = stripText
+		}
+	}
+	return 0
+}

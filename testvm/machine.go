@@ -1,0 +1,169 @@
+package testvm
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+
+	"golang.org/x/sys/unix"
+)
+
+// Firmware is what the machine starts with.
+type Firmware string
+
+// The firmwares: BIOS is SeaBIOS, which QEMU brings along; UEFI is OVMF for
+// x64, without Secure Boot.
+const (
+	BIOS Firmware = "bios"
+	UEFI Firmware = "uefi"
+)
+
+// Bus is how the disk is attached.
+type Bus string
+
+// The buses: USB is a removable USB mass storage device on an xHCI controller
+// (EHCI boots too, but slowly), Virtio is virtio-blk on PCI, AHCI a SATA disk.
+const (
+	USB    Bus = "usb"
+	Virtio Bus = "virtio"
+	AHCI   Bus = "ahci"
+)
+
+// Machine is a PC to be run: q35, one processor, a VGA screen, one serial port,
+// no network. It boots Kernel, if there is one, else Disk, else DataDisc. The
+// files stay the caller's, who closes them after [Prove] or [Start] returned.
+type Machine struct {
+	Firmware Firmware
+
+	Disk       *os.File // a block device or raw image, opened read-only; or nil
+	DiskSize   int64    // bytes, a multiple of SectorSize; a larger file is cut there
+	SectorSize int      // logical sector size in bytes: 512 or 4096
+	Bus        Bus
+
+	Kernel, Initrd *os.File // boot directly, without the disk's boot loader; or nil
+	Append         string   // the command line of Kernel
+
+	DataDisc *os.File // an ISO image, opened read-only, as a SATA CD-ROM on AHCI; or nil
+
+	MemoryMiB int // 0 means 512
+
+	Dir string // an existing folder, for log and screenshot; scratch goes into it too
+}
+
+const defaultMemoryMiB = 512
+
+// MissingError says that something on this machine must be installed first.
+type MissingError struct {
+	What    string // the program or file
+	Package string // the Debian package that brings it
+}
+
+func (e *MissingError) Error() string {
+	return fmt.Sprintf("%s is not installed; run apt-get install %s", e.What, e.Package)
+}
+
+const (
+	qemuProgram = "qemu-system-x86_64"
+	// As Debian's package ovmf lays them down. The 4M build is the only one
+	// that Debian 13 still has.
+	ovmfCode = "/usr/share/OVMF/OVMF_CODE_4M.fd"
+	ovmfVars = "/usr/share/OVMF/OVMF_VARS_4M.fd"
+)
+
+// Check reports whether machines with fw can run here: nil, or a
+// [*MissingError] that names what to install.
+func Check(fw Firmware) error {
+	if _, err := exec.LookPath(qemuProgram); err != nil {
+		return &MissingError{What: qemuProgram, Package: "qemu-system-x86"}
+	}
+	if fw != UEFI {
+		return nil
+	}
+	for _, file := range []string{ovmfCode, ovmfVars} {
+		if _, err := os.Stat(file); err != nil {
+			return &MissingError{What: file, Package: "ovmf"}
+		}
+	}
+	return nil
+}
+
+// validate refuses what QEMU would misunderstand or refuse less clearly, and
+// every descriptor that the guest could write through.
+func (m Machine) validate() error {
+	switch m.Firmware {
+	case BIOS, UEFI:
+	default:
+		return fmt.Errorf("machine: firmware %q is neither %s nor %s", m.Firmware, BIOS, UEFI)
+	}
+	switch {
+	case m.Disk == nil && m.Kernel == nil && m.DataDisc == nil:
+		return errors.New("machine: nothing to boot: no disk, kernel or disc")
+	case m.Kernel == nil && (m.Initrd != nil || m.Append != ""):
+		return errors.New("machine: an initramfs or command line without a kernel")
+	case m.MemoryMiB < 0:
+		return fmt.Errorf("machine: %d MiB of memory", m.MemoryMiB)
+	}
+	if st, err := os.Stat(m.Dir); err != nil || !st.IsDir() {
+		return fmt.Errorf("machine: the folder for logs, %q, does not exist", m.Dir)
+	}
+	if m.DataDisc != nil {
+		if _, err := blockDriver(m.DataDisc); err != nil {
+			return fmt.Errorf("machine: disc: %w", err)
+		}
+	}
+	if m.Disk == nil {
+		return nil
+	}
+	switch m.Bus {
+	case USB, Virtio, AHCI:
+	default:
+		return fmt.Errorf("machine: bus %q is neither %s, %s nor %s", m.Bus, USB, Virtio, AHCI)
+	}
+	switch {
+	case m.SectorSize != 512 && m.SectorSize != 4096:
+		return fmt.Errorf("machine: sector size %d is neither 512 nor 4096", m.SectorSize)
+	case m.Bus == AHCI && m.SectorSize != 512:
+		return fmt.Errorf("machine: QEMU's AHCI disks have sectors of 512 bytes, not %d", m.SectorSize)
+	case m.DiskSize <= 0 || m.DiskSize%int64(m.SectorSize) != 0:
+		return fmt.Errorf("machine: disk size %d is not a positive multiple of %d", m.DiskSize, m.SectorSize)
+	}
+	if _, err := blockDriver(m.Disk); err != nil {
+		return fmt.Errorf("machine: disk: %w", err)
+	}
+	if st, err := m.Disk.Stat(); err == nil && st.Mode().IsRegular() && st.Size() < m.DiskSize {
+		return fmt.Errorf("machine: disk: %s has %d bytes, fewer than the disk's %d", m.Disk.Name(), st.Size(), m.DiskSize)
+	}
+	return nil
+}
+
+// blockDriver checks that f can only be read, and names the QEMU block driver
+// for it: QEMU wants to be told files and devices apart.
+func blockDriver(f *os.File) (string, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return "", err
+	}
+	var flags int
+	var flagsErr error
+	if err := raw.Control(func(fd uintptr) { flags, flagsErr = unix.FcntlInt(fd, unix.F_GETFL, 0) }); err != nil {
+		return "", err
+	}
+	if flagsErr != nil {
+		return "", fmt.Errorf("read the flags of %s: %w", f.Name(), flagsErr)
+	}
+	if flags&unix.O_ACCMODE != unix.O_RDONLY {
+		return "", fmt.Errorf("%s is not open read-only: a machine must not be able to write what it boots", f.Name())
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	switch mode := st.Mode(); {
+	case mode.IsRegular():
+		return "file", nil
+	case mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0:
+		return "host_device", nil
+	}
+	return "", fmt.Errorf("%s is neither a file nor a block device", f.Name())
+}
