@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sort"
 	"strings"
 	"sync"
 	"testing"
@@ -73,69 +72,11 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// testKernel is MEMLINUX_TEST_KERNEL, else the newest kernel in /boot, else
-// Debian's cloud kernel, fetched once into MEMLINUX_TEST_CACHE.
+// testKernel is a kernel with a serial console.
 func testKernel(t *testing.T) string {
 	t.Helper()
-	if k := os.Getenv("MEMLINUX_TEST_KERNEL"); k != "" {
-		return need.File(t, k, "linux-image-cloud-amd64")
-	}
-	if k := newest("/boot/vmlinuz-*"); k != "" {
-		return k
-	}
-	cache := os.Getenv("MEMLINUX_TEST_CACHE")
-	if cache == "" {
-		user, err := os.UserCacheDir()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cache = filepath.Join(user, "memlinux-test")
-	}
-	if newest(filepath.Join(cache, "boot/vmlinuz-*")) == "" {
-		aptGet, dpkg := need.Tool(t, "apt-get", "apt"), need.Tool(t, "dpkg-deb", "dpkg")
-		if !need.All() {
-			t.Skip("skipped: the test needs a kernel in /boot, or MEMLINUX_TEST_KERNEL=FILE")
-		}
-		fetch := t.TempDir()
-		pkg := ""
-		for line := range strings.Lines(run(t, "apt-cache", "depends", "--important", "linux-image-cloud-amd64")) {
-			if kind, p, _ := strings.Cut(strings.TrimSpace(line), ": "); kind == "Depends" && strings.HasPrefix(p, "linux-image-") {
-				pkg = p
-			}
-		}
-		if pkg == "" {
-			t.Fatal("apt-cache knows no kernel behind linux-image-cloud-amd64; run apt-get update")
-		}
-		cmd := exec.Command(aptGet, "download", pkg)
-		cmd.Dir = fetch
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("%s: %v\n%s", cmd, err, out)
-		}
-		debs, _ := filepath.Glob(filepath.Join(fetch, "*.deb"))
-		if len(debs) != 1 {
-			t.Fatalf("apt-get download left %v", debs)
-		}
-		tree := filepath.Join(fetch, "tree")
-		run(t, dpkg, "-x", debs[0], tree)
-		if err := os.MkdirAll(cache, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		run(t, "cp", "-r", filepath.Join(tree, "boot"), cache)
-	}
-	return newest(filepath.Join(cache, "boot/vmlinuz-*"))
-}
-
-func newest(pattern string) string {
-	found, _ := filepath.Glob(pattern)
-	sort.Slice(found, func(i, j int) bool {
-		a, errA := os.Stat(found[i])
-		b, errB := os.Stat(found[j])
-		return errA == nil && errB == nil && a.ModTime().Before(b.ModTime())
-	})
-	if len(found) == 0 {
-		return ""
-	}
-	return found[len(found)-1]
+	image, _ := need.Kernel(t)
+	return image
 }
 
 func testInitrd(t *testing.T) string {

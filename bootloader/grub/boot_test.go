@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -23,19 +22,6 @@ const (
 	bootCmdline = "console=ttyS0,115200 panic=-1 x=$root y=${z};a|b&c <d> (e) #f *? =g ~!@%^+[1] h=i,j:k`l`"
 )
 
-// testKernel is a Linux kernel to boot, or "": MEMLINUX_TEST_KERNEL, or one of
-// this machine's.
-func testKernel() string {
-	if k := os.Getenv("MEMLINUX_TEST_KERNEL"); k != "" {
-		return k
-	}
-	kernels, _ := filepath.Glob("/boot/vmlinuz*")
-	if len(kernels) == 0 {
-		return ""
-	}
-	return slices.Max(kernels)
-}
-
 // stick makes a disk that boots from everything here, and returns it with what
 // its serial console must say.
 func stick(t *testing.T) (path string, want []string) {
@@ -50,18 +36,14 @@ func stick(t *testing.T) (path string, want []string) {
 	entry := menulst.Entry{Title: bootTitle, Commands: []menulst.Command{{Name: "uuid", Args: VolumeUUID(volumeID)}}}
 	files := map[string][]byte{"EFI/BOOT/BOOTX64.EFI": efi}
 	want = []string{bootTitle}
-	if kernel := testKernel(); kernel != "" {
-		data, err := os.ReadFile(kernel)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files["boot/vmlinuz"] = data
-		entry.Commands = append(entry.Commands, menulst.Command{Name: "kernel", Args: "/boot/vmlinuz " + bootCmdline})
-		want = append(want, "Kernel command line: BOOT_IMAGE=/boot/vmlinuz "+bootCmdline+"\r")
-	} else {
-		t.Log("no kernel in /boot and no MEMLINUX_TEST_KERNEL: only the menu is tested")
-		entry.Commands = append(entry.Commands, menulst.Command{Name: "halt"})
+	kernel, _ := need.Kernel(t)
+	data, err := os.ReadFile(kernel)
+	if err != nil {
+		t.Fatal(err)
 	}
+	files["boot/vmlinuz"] = data
+	entry.Commands = append(entry.Commands, menulst.Command{Name: "kernel", Args: "/boot/vmlinuz " + bootCmdline})
+	want = append(want, "Kernel command line: BOOT_IMAGE=/boot/vmlinuz "+bootCmdline+"\r")
 	menu, err := menulst.Render(menulst.Menu{
 		Globals: []menulst.Command{{Name: "default", Args: "0"}, {Name: "timeout", Args: "2"}},
 		Entries: []menulst.Entry{entry},

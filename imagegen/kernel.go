@@ -1,0 +1,166 @@
+package imagegen
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/memlinux/memlinux/imagegen/kernel"
+	"golang.org/x/sys/unix"
+)
+
+// kernelFile is a kernel in the cache and what is known of it.
+type kernelFile struct {
+	file         File
+	image        kernel.Image
+	source       string        // for the manifest
+	config       kernel.Config // nil if unknown
+	configSource string        // "" if unknown
+}
+
+func (b *build) kernel(ctx context.Context, src KernelSource) (kernelFile, error) {
+	switch {
+	case src.File != nil:
+		k, err := b.takeKernel(ctx, src.File, "file", func(name string) (io.ReadCloser, error) {
+			if r := src.Configs[name]; r != nil {
+				return io.NopCloser(io.NewSectionReader(r, 0, math.MaxInt64)), nil
+			}
+			return nil, os.ErrNotExist
+		})
+		if err != nil {
+			return kernelFile{}, unfit{ErrKernel, fmt.Errorf("%s: %w", src.File.Name(), err)}
+		}
+		return k, nil
+	case src.Debian != "":
+		return b.debianKernel(ctx, src.Debian)
+	}
+	boot := filepath.Join(b.g.Root, "/boot")
+	for _, name := range b.g.bootKernels(boot) {
+		k, err := b.bootKernel(ctx, boot, name)
+		if err == nil || ctx.Err() != nil {
+			return k, err
+		}
+		// One for another machine, say; the next may be better.
+	}
+	k, err := b.debianKernel(ctx, DefaultKernelPackage)
+	if err != nil {
+		return kernelFile{}, unfit{ErrKernel, fmt.Errorf("no kernel for amd64 is in %s, and Debian's could not be fetched: %w", boot, err)}
+	}
+	return k, nil
+}
+
+// bootKernels lists the kernels in boot: the running one, then from new to old.
+func (g Generator) bootKernels(boot string) []string {
+	release := g.Release
+	if release == "" {
+		var u unix.Utsname
+		if unix.Uname(&u) == nil {
+			release = unix.ByteSliceToString(u.Release[:])
+		}
+	}
+	paths, _ := filepath.Glob(filepath.Join(boot, "vmlinuz-*"))
+	var names []string
+	for _, p := range paths {
+		name := filepath.Base(p)
+		switch filepath.Ext(name) {
+		case ".old", ".bak", ".dpkg-new", ".dpkg-old", ".dpkg-tmp":
+			continue
+		}
+		names = append(names, name)
+	}
+	slices.SortStableFunc(names, func(x, y string) int {
+		running := "vmlinuz-" + release
+		if (x == running) != (y == running) {
+			if x == running {
+				return -1
+			}
+			return 1
+		}
+		return kernel.CompareReleases(y, x)
+	})
+	return names
+}
+
+func (b *build) bootKernel(ctx context.Context, boot, name string) (kernelFile, error) {
+	f, err := os.Open(filepath.Join(boot, name))
+	if err != nil {
+		return kernelFile{}, err
+	}
+	defer f.Close()
+	return b.takeKernel(ctx, f, "boot", func(name string) (io.ReadCloser, error) {
+		return os.Open(filepath.Join(boot, name))
+	})
+}
+
+// takeKernel copies the kernel f into the cache and reads what it is. beside
+// opens a file that lies beside it.
+func (b *build) takeKernel(ctx context.Context, f *os.File, source string, beside func(name string) (io.ReadCloser, error)) (kernelFile, error) {
+	staged, err := b.take(ctx, f, kernel.MaxSize, func(done, total int64) { b.progress("kernel", done, total) })
+	if err != nil {
+		return kernelFile{}, err
+	}
+	defer staged.Discard()
+	k := kernelFile{source: source}
+	if k.image, err = kernel.ParseImage(staged, staged.Size()); err != nil {
+		return kernelFile{}, err
+	}
+	if k.image.Arch != "x86_64" {
+		return kernelFile{}, fmt.Errorf("kernel %s is for %s, and memlinux makes amd64 systems", k.image.Release, k.image.Arch)
+	}
+	// The file beside it first: the kernel would have to be unpacked.
+	name := "config-" + k.image.Release
+	if r, err := beside(name); err == nil {
+		k.config, err = kernel.ParseConfig(r)
+		_ = r.Close()
+		if err != nil {
+			return kernelFile{}, fmt.Errorf("%s: %w", name, err)
+		}
+		k.configSource = name
+	} else if config, err := k.image.EmbeddedConfig(ctx, staged); err == nil {
+		k.config, k.configSource = config, "IKCONFIG"
+	} else if ctx.Err() != nil {
+		return kernelFile{}, err
+	} else if !errors.Is(err, kernel.ErrNoConfig) {
+		return kernelFile{}, fmt.Errorf("kernel %s: %w", k.image.Release, err)
+	}
+	k.file, err = staged.Commit(ctx)
+	return k, err
+}
+
+// A kernel's meta package depends on the package of one release.
+var releasePackage = regexp.MustCompile(`^linux-image-[0-9]`)
+
+func (b *build) debianKernel(ctx context.Context, name string) (kernelFile, error) {
+	files, from, err := b.fetch(ctx, "kernel", name, releasePackage, "boot/vmlinuz-*", "boot/config-*")
+	if err != nil {
+		return kernelFile{}, err
+	}
+	image, found := "", false
+	for path := range files {
+		if strings.HasPrefix(path, "boot/vmlinuz-") {
+			image, found = path, true
+		}
+	}
+	if !found {
+		return kernelFile{}, unfit{ErrKernel, fmt.Errorf("no kernel (boot/vmlinuz-…) is in Debian's package %s", from.Name)}
+	}
+	f, err := os.Open(files[image].Path)
+	if err != nil {
+		return kernelFile{}, err
+	}
+	defer f.Close()
+	k, err := b.takeKernel(ctx, f, "debian "+from.Name+" "+from.Version, func(name string) (io.ReadCloser, error) {
+		return os.Open(files["boot/"+name].Path)
+	})
+	if err != nil {
+		return kernelFile{}, unfit{ErrKernel, fmt.Errorf("package %s: %w", from.Name, err)}
+	}
+	return k, nil
+}
