@@ -125,10 +125,10 @@ func (c *Client) explain(err error) error {
 	if !errors.As(err, &d) {
 		return err
 	}
-	switch {
-	case d.Name == "org.freedesktop.DBus.Error.AccessDenied":
+	switch d.Name {
+	case "org.freedesktop.DBus.Error.AccessDenied":
 		return &api.Error{Name: api.ErrNotAuthorized, Message: d.Error()}
-	case d.Name == "org.freedesktop.DBus.Error.NoReply", d.Name == "org.freedesktop.DBus.Error.NameHasNoOwner":
+	case "org.freedesktop.DBus.Error.NoReply", "org.freedesktop.DBus.Error.NameHasNoOwner":
 		return c.gone()
 	}
 	return &api.Error{Name: d.Name, Message: d.Error()}
@@ -303,7 +303,7 @@ func startPrivate(ctx context.Context) (*privateDaemon, string, error) {
 		return nil, "", err
 	}
 	words := &tail{}
-	cmd := exec.Command(program, "--private") //nolint:gosec // the daemon that was installed with us
+	cmd := exec.Command(program, "--private")
 	// Its own process group: a Ctrl-C at the terminal is for us, and we
 	// cancel the job.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -2,7 +2,6 @@ package command
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -60,7 +59,7 @@ func (o *opened) open(path string) (*os.File, error) {
 
 func (o *opened) set(key string, value any) { o.options[key] = dbus.MakeVariant(value) }
 
-func fdOf(f *os.File) dbus.UnixFD { return dbus.UnixFD(f.Fd()) } //nolint:gosec // a descriptor fits
+func fdOf(f *os.File) dbus.UnixFD { return dbus.UnixFD(f.Fd()) }
 
 // open opens the recipe's files with this user's rights.
 func (r *recipe) open() (*opened, error) {
@@ -126,14 +125,14 @@ func (o *opened) openKernel(path string) error {
 	// The one with the kernel's own ending first, should there be many.
 	_, release, _ := strings.Cut(filepath.Base(real), "-")
 	own := filepath.Join(filepath.Dir(real), "config-"+release)
-	configs := map[string]dbus.UnixFD{}
+	configs := api.Properties{}
 	for _, name := range append([]string{own}, found...) {
 		if _, ok := configs[filepath.Base(name)]; ok || len(configs) >= maxConfigs {
 			continue
 		}
 		// A configuration that can't be read is one that can't be checked.
 		if c, err := o.open(name); err == nil {
-			configs[filepath.Base(name)] = fdOf(c)
+			configs[filepath.Base(name)] = dbus.MakeVariant(fdOf(c))
 		}
 	}
 	if len(configs) > 0 {
@@ -181,25 +180,25 @@ func (g *global) build(ctx context.Context, r *recipe, dir string) error {
 			_ = f.Cleanup() // nothing is left to do where it was kept
 		}
 	}()
-	fds := map[string]dbus.UnixFD{}
+	fds := api.Properties{}
 	for _, name := range api.BuildFiles() {
 		f, err := renameio.NewPendingFile(filepath.Join(dir, name), renameio.WithPermissions(0o644), renameio.WithExistingPermissions())
 		if err != nil {
 			return err
 		}
 		files[name] = f
-		fds[name] = fdOf(f.File)
+		fds[name] = dbus.MakeVariant(fdOf(f.File))
 	}
 	o.set(api.OptFiles, fds)
 	return g.job(ctx, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
 		return c.Start(context.WithoutCancel(ctx), "Build", o.options)
-	}, func(report *api.Report) (string, error) {
-		if report == nil || !report.Verified {
+	}, func(job api.Job) (string, error) {
+		if job.State != api.StateSucceeded {
 			return "", nil
 		}
 		for _, name := range api.BuildFiles() {
 			if err := files[name].CloseAtomicallyReplace(); err != nil {
-				return "", errors.Join(fmt.Errorf("%s: %w", name, err))
+				return "", fmt.Errorf("%s: %w", name, err)
 			}
 		}
 		return dir, nil

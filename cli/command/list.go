@@ -37,6 +37,9 @@ func newDevices(g *global) *cobra.Command {
 			for _, d := range list {
 				var holds, refused []string
 				for _, c := range d.Contents {
+					if c.Type == "" {
+						continue
+					}
 					holds = append(holds, strings.Join(nonEmpty(c.Name+":", c.Type, c.Label), " "))
 				}
 				for _, r := range d.Refused {

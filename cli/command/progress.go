@@ -174,6 +174,10 @@ func (v *barView) finish(ok bool) {
 	v.now.ended, v.now.failing = time.Since(v.now.begun), !ok
 	close(v.now.ending)
 	if ok {
+		if v.job.Total == 0 { // a phase without bytes: full when it is done
+			v.bar.SetTotal(1, false)
+			v.bar.SetCurrent(1)
+		}
 		v.bar.SetTotal(-1, true)
 	} else {
 		v.bar.Abort(false)

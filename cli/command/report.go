@@ -51,16 +51,20 @@ func printReport(w io.Writer, r *api.Report, output string) {
 		row("written to", "%s", output)
 	}
 	if im := r.Image; im != nil {
-		row("image", "%s in %d extents, volume %s", size(im.Bytes), len(im.Extents), im.VolumeID)
-		if im.SHA256Written != "" {
-			row("written", "sha256 %s", im.SHA256Written)
+		if len(im.Extents) > 0 {
+			row("image", "%s in %d extents, volume %s", size(im.Bytes), len(im.Extents), im.VolumeID)
+		} else {
+			row("image", "partition table, file system and %s of files are as they were written, volume %s", size(im.Bytes), im.VolumeID)
 		}
-		if im.SHA256Read != "" {
-			same := "differs from what was planned"
-			if im.SHA256Read == im.SHA256Planned {
-				same = "the same, read from the medium"
-			}
-			row("read back", "sha256 %s (%s)", im.SHA256Read, same)
+		if im.SHA256Written != "" {
+			row("", "sha256 %s", im.SHA256Written)
+		}
+		switch im.SHA256Read {
+		case "":
+		case im.SHA256Planned:
+			row("read back", "the same, from the medium")
+		default:
+			row("read back", "DIFFERENT: sha256 %s", im.SHA256Read)
 		}
 	}
 	for _, b := range r.Boots {

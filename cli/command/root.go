@@ -50,6 +50,8 @@ or into a file, reads it back and proves in a virtual machine that it boots.`,
   sudo memlinux build -o out          kernel, initramfs and menu.lst for your own use
   sudo memlinux vm stick.img          try it; Ctrl-A X leaves`,
 		Version: Version,
+		Args:    args(cobra.NoArgs),
+		RunE:    func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	prepare(root, g)
 	root.AddCommand(newWrite(g), newBuild(g), newVerify(g), newVM(g), newDevices(g), newJobs(g), newVersion(g))
@@ -100,9 +102,9 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 }
 
 // job starts a job by start, follows it to its end and reports it. finish is
-// called with the job's report, if there is one, before that is printed, to
-// keep or drop what the job made; it returns what was kept.
-func (g *global) job(ctx context.Context, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(*api.Report) (string, error)) error {
+// called with the ended job before its report is printed, to keep or drop what
+// the job made; it returns what was kept.
+func (g *global) job(ctx context.Context, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(api.Job) (string, error)) error {
 	job, output, err := g.follow(ctx, start, finish)
 	if g.json {
 		if jsonErr := printJSONReport(os.Stdout, job, output, err); jsonErr != nil {
@@ -119,7 +121,7 @@ func (g *global) job(ctx context.Context, start func(context.Context, *client.Cl
 	return err
 }
 
-func (g *global) follow(ctx context.Context, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(*api.Report) (string, error)) (job api.Job, output string, err error) {
+func (g *global) follow(ctx context.Context, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(api.Job) (string, error)) (job api.Job, output string, err error) {
 	c, err := client.Connect(ctx, g.private)
 	if err != nil {
 		return job, "", err
@@ -137,7 +139,7 @@ func (g *global) follow(ctx context.Context, start func(context.Context, *client
 	}
 	if finish != nil {
 		var keepErr error
-		output, keepErr = finish(job.Report)
+		output, keepErr = finish(job)
 		err = errors.Join(err, keepErr)
 	}
 	return job, output, err

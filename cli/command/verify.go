@@ -32,7 +32,7 @@ BIOS and UEFI firmware. Nothing is written to it.`,
 			}
 			return g.job(c.Context(), func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
 				return c.Start(context.WithoutCancel(ctx), method, subject, o.options)
-			}, func(*api.Report) (string, error) { return a[0], nil })
+			}, func(api.Job) (string, error) { return a[0], nil })
 		},
 	}
 	c.Flags().BoolVar(&noBootTest, "no-boot-test", false, "do not boot it in a virtual machine")

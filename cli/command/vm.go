@@ -145,7 +145,10 @@ func (g *global) console(ctx context.Context, o *opened) error {
 		if err != nil {
 			return fmt.Errorf("terminal: %w", err)
 		}
-		defer term.Restore(in, saved) //nolint:errcheck // the terminal is gone if this fails
+		defer func() {
+			_ = term.Restore(in, saved) // the terminal is gone if this fails
+			fmt.Fprintln(os.Stderr)
+		}()
 	}
 	ctx, leave := context.WithCancel(ctx)
 	defer leave()

@@ -163,11 +163,15 @@ func (g *global) confirm(ctx context.Context, c *client.Client, name string, pla
 		return err
 	}
 	fmt.Printf("%s\n", strings.Join(nonEmpty("/dev/"+name, strings.TrimSpace(d.Vendor+" "+d.Model), serial(d.Serial), d.Transport, size(d.Size)), ", "))
-	if len(plan.Erases) == 0 {
-		fmt.Println("  holds nothing that is known")
-	}
+	known := false
 	for _, e := range plan.Erases {
-		fmt.Printf("  will be lost: %s\n", strings.Join(nonEmpty(e.Name, e.Type, size(e.Size), e.Label), ", "))
+		if e.Type != "" {
+			known = true
+			fmt.Printf("  will be lost: %s\n", strings.Join(nonEmpty(e.Name, e.Type, size(e.Size), e.Label), ", "))
+		}
+	}
+	if !known {
+		fmt.Println("  holds no file system that is known; whatever is on it will be lost")
 	}
 	fmt.Printf("Type %s to erase it: ", name)
 	answer := make(chan string, 1)
@@ -188,6 +192,11 @@ func (g *global) confirm(ctx context.Context, c *client.Client, name string, pla
 	}
 }
 
+func isDir(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
+}
+
 func (g *global) writeFile(ctx context.Context, w *writeFlags, path string, o *opened) error {
 	if w.size != "" {
 		n, err := humanize.ParseBytes(w.size)
@@ -199,6 +208,9 @@ func (g *global) writeFile(ctx context.Context, w *writeFlags, path string, o *o
 	if _, err := os.Lstat(path); err == nil && !w.force {
 		return refusal("%s exists; say --force to replace it", path)
 	}
+	if dir := filepath.Dir(path); !isDir(dir) {
+		return fmt.Errorf("the folder %s does not exist; make it first", dir)
+	}
 	// The image takes the file's name only when it is whole.
 	pending, err := renameio.NewPendingFile(path, renameio.WithPermissions(0o644), renameio.WithExistingPermissions())
 	if err != nil {
@@ -207,10 +219,10 @@ func (g *global) writeFile(ctx context.Context, w *writeFlags, path string, o *o
 	defer pending.Cleanup() //nolint:errcheck // nothing is left to do where it was kept
 	return g.job(ctx, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
 		return c.Start(context.WithoutCancel(ctx), "WriteFile", fdOf(pending.File), o.options)
-	}, func(report *api.Report) (string, error) {
+	}, func(job api.Job) (string, error) {
 		// What was written and read back stands, even where the boot test
-		// could not be run.
-		if report == nil || !report.Written {
+		// failed or could not be run.
+		if job.Report == nil || !job.Report.Written || job.State == api.StateCancelled {
 			return "", nil
 		}
 		return path, pending.CloseAtomicallyReplace()

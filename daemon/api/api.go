@@ -32,15 +32,17 @@ const (
 	IntrospectableInterface = "org.freedesktop.DBus.Introspectable"
 )
 
-// Option keys. The D-Bus type of each value is in the comment.
+// Option keys. The D-Bus type of each value is in the comment. Descriptors never
+// stand in arrays or structures of their own type (ah, a{sh}): godbus v5.2.4
+// panics as it decodes them.
 const (
 	OptKernel          = "kernel"            // s: auto or debian:PACKAGE; h: an open kernel file
-	OptKernelConfigs   = "kernel-configs"    // a{sh}: config-* files that lie beside the kernel file, by name
+	OptKernelConfigs   = "kernel-configs"    // a{sv} of h: config-* files that lie beside the kernel file, by name
 	OptBusybox         = "busybox"           // h: a static busybox
 	OptCompression     = "compression"       // s: auto, zstd, gzip or none
 	OptAppend          = "append"            // s: more kernel command line
 	OptSourceDateEpoch = "source-date-epoch" // t: seconds since 1970, the time of every file in the result
-	OptFiles           = "files"             // a{sh}: files that Build writes its results into, by the names below
+	OptFiles           = "files"             // a{sv} of h: files that Build writes its results into, by the names below
 	OptSize            = "size"              // t: bytes of the image that goes into a file; 0 is the least that fits
 	OptBootTest        = "boot-test"         // b: boot what was written (true)
 

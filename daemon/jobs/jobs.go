@@ -69,7 +69,7 @@ type stored struct {
 // lives no more are published as failed; those that ended longer than
 // retention ago are forgotten.
 func Open(dir string, retention time.Duration, events Events) (*Registry, error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // holds nothing secret; the files have their own modes
 		return nil, fmt.Errorf("job state: %w", err)
 	}
 	r := &Registry{dir: dir, retention: retention, events: events, jobs: map[string]*Job{}, instance: newID()}

@@ -5,6 +5,7 @@ package privatebus
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/xml"
 	"errors"
@@ -79,9 +80,11 @@ func (b *Bus) start(ctx context.Context, program string) error {
 		return err
 	}
 	defer r.Close()
-	cmd := exec.Command(program, "--config-file="+config, "--nofork", "--nopidfile", "--nosyslog", "--print-address=3") //nolint:gosec // argv, no shell
+	cmd := exec.Command(program, "--config-file="+config, "--nofork", "--nopidfile", "--nosyslog", "--print-address=3")
 	cmd.ExtraFiles = []*os.File{w}
-	cmd.Stderr = os.Stderr
+	// A word that it may not raise its own limits, and why it ends.
+	var words bytes.Buffer
+	cmd.Stderr = &words
 	// Its own group: a Ctrl-C at the terminal is not for the bus.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	err = cmd.Start()
@@ -94,7 +97,8 @@ func (b *Bus) start(ctx context.Context, program string) error {
 	defer stop()
 	address, err := bufio.NewReader(io.LimitReader(r, 4096)).ReadString('\n')
 	if err != nil {
-		return errors.New("dbus-daemon ended at once")
+		_ = cmd.Wait() // it has ended, or was killed for ctx
+		return fmt.Errorf("dbus-daemon ended at once: %s", bytes.TrimSpace(words.Bytes()))
 	}
 	b.Address = strings.TrimSpace(address)
 	return nil

@@ -1,0 +1,78 @@
+# make demo and make test do all the set-up on a bare Debian 12 with Go and
+# make, as root or by sudo. Both can be run again at any time.
+
+SHELL = /bin/bash
+.SHELLFLAGS = -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+GO ?= $(or $(shell command -v go),/usr/local/go/bin/go)
+GOLANGCI_LINT_VERSION = v2.15.0
+LDFLAGS = -s -w -X github.com/memlinux/memlinux/cli/command.Version=$(VERSION) -X main.version=$(VERSION)
+# sudo drops the environment; what go and the tests need of it goes along.
+SUDO = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=HTTP_PROXY,HTTPS_PROXY,NO_PROXY,GOPROXY,GOFLAGS,SOURCE_DATE_EPOCH,MEMLINUX_TEST_CACHE)
+
+# What memlinux needs to run.
+RUN_PACKAGES = busybox-static dbus-daemon grub-common grub-efi-amd64-bin grub-pc-bin ovmf qemu-system-x86 util-linux
+# What the tests and benchmarks hold it against.
+TEST_PACKAGES = cpio dosfstools e2fsprogs fdisk file gdisk git libglib2.0-bin mount mtools shellcheck systemd xorriso zstd
+
+prefix ?= /usr
+bindir ?= $(prefix)/bin
+libexecdir ?= $(prefix)/libexec
+datadir ?= $(prefix)/share
+unitdir ?= $(prefix)/lib/systemd/system
+
+.PHONY: all build demo test bench lint install clean
+
+all: build
+
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cli/memlinux ./cli/memlinux-write ./daemon/memlinuxd
+
+# The main job: makes an in-memory Linux, writes it into build/stick.img and
+# boots that under BIOS and UEFI.
+demo: build
+	$(call install_packages,$(RUN_PACKAGES))
+	mkdir -p build
+	rm -f build/stick.img
+	$(SUDO) bin/memlinux-write --yes build/stick.img
+
+# All tests: no test may be skipped here for want of root or of a package.
+test:
+	$(call install_packages,$(RUN_PACKAGES) $(TEST_PACKAGES))
+	$(SUDO) env PATH="$(dir $(GO)):$$PATH" MEMLINUX_TEST_ALL=1 $(GO) test -count=1 -p 2 -timeout 40m ./...
+
+bench: build
+	$(call install_packages,$(RUN_PACKAGES) $(TEST_PACKAGES))
+	$(SUDO) env PATH="$(dir $(GO)):$$PATH" $(GO) run ./daemon/bench
+
+lint:
+	test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
+	$(GO) vet ./...
+	$(GO) run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION) run ./...
+
+install: build
+	install -D -m 0755 -t $(DESTDIR)$(bindir) bin/memlinux bin/memlinux-write
+	install -D -m 0755 -t $(DESTDIR)$(libexecdir) bin/memlinuxd
+	install -d $(DESTDIR)$(unitdir) $(DESTDIR)$(datadir)/dbus-1/system-services
+	sed 's|@libexecdir@|$(libexecdir)|' systemd/memlinuxd.service > $(DESTDIR)$(unitdir)/memlinuxd.service
+	sed 's|@libexecdir@|$(libexecdir)|' systemd/org.memlinux.Memlinux1.service > $(DESTDIR)$(datadir)/dbus-1/system-services/org.memlinux.Memlinux1.service
+	install -D -m 0644 -t $(DESTDIR)$(datadir)/dbus-1/system.d systemd/org.memlinux.Memlinux1.conf
+
+clean:
+	rm -rf bin build
+
+# install_packages installs those of the Debian packages $(1) that are missing,
+# and says which.
+define install_packages
+	@missing=; for p in $(1); do \
+		dpkg-query -W -f '$${Status}' "$$p" 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; \
+	done; \
+	echo "Debian packages needed: $(1)"; \
+	if [ -n "$$missing" ]; then \
+		echo "Installing:$$missing"; \
+		$(SUDO) apt-get update -qq; \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+endef

@@ -1,0 +1,68 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"syscall"
+
+	"github.com/memlinux/memlinux/bootloader/grub"
+	"github.com/memlinux/memlinux/bootloader/menulst"
+	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/imagegen"
+	"github.com/memlinux/memlinux/media"
+	"github.com/memlinux/memlinux/media/blockdev"
+	"github.com/memlinux/memlinux/media/fat32"
+	"github.com/memlinux/memlinux/testvm"
+)
+
+// errorName finds the contract's name for an error of the rooms.
+func errorName(err error) string {
+	var (
+		contract    *api.Error
+		refused     *blockdev.RefusedError
+		changed     *blockdev.ChangedError
+		space       *media.NoSpaceError
+		full        *fat32.NoSpaceError
+		mismatch    *media.MismatchError
+		grubMissing *grub.MissingError
+		qemuMissing *testvm.MissingError
+		menu        *menulst.InvalidError
+	)
+	switch {
+	case errors.As(err, &contract):
+		return contract.Name
+	case errors.Is(err, context.Canceled):
+		return api.ErrCancelled
+	case errors.As(err, &refused):
+		return refusedName(refused.Reasons)
+	case errors.As(err, &changed):
+		return api.ErrDeviceChanged
+	case errors.Is(err, blockdev.ErrNoDevice):
+		return api.ErrNoSuchDevice
+	case errors.As(err, &space), errors.As(err, &full), errors.Is(err, syscall.ENOSPC):
+		return api.ErrNoSpace
+	case errors.As(err, &mismatch):
+		return api.ErrVerification
+	case errors.As(err, &grubMissing), errors.As(err, &qemuMissing):
+		return api.ErrMissingProgram
+	case errors.Is(err, imagegen.ErrRecipe), errors.As(err, &menu):
+		return api.ErrInvalidOption
+	case errors.Is(err, imagegen.ErrKernel), errors.Is(err, imagegen.ErrBusybox):
+		return api.ErrInvalidRecipe
+	}
+	return api.ErrFailed
+}
+
+// refusedName is the gravest of the reasons.
+func refusedName(reasons []blockdev.Reason) string {
+	name := api.ErrDeviceRefused
+	for _, r := range reasons {
+		switch r.Code {
+		case blockdev.ReasonSystem:
+			return api.ErrDeviceIsSystem
+		case blockdev.ReasonMounted, blockdev.ReasonSwap, blockdev.ReasonHeld, blockdev.ReasonBusy:
+			name = api.ErrDeviceBusy
+		}
+	}
+	return name
+}

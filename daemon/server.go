@@ -1,0 +1,483 @@
+// Package daemon is memlinuxd: it composes the rooms of memlinux (imagegen,
+// bootloader, media, testvm) into jobs and offers them on D-Bus by the contract
+// of daemon/api.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/config"
+	"github.com/memlinux/memlinux/daemon/jobs"
+	"github.com/memlinux/memlinux/media/blockdev"
+)
+
+// Server is memlinuxd on one bus.
+type Server struct {
+	conn    *dbus.Conn
+	config  config.Config
+	version string
+	jobs    *jobs.Registry
+	devices *deviceList
+	guests  chan struct{} // one place for each virtual machine that may run
+	opened  chan struct{} // closed when calls may be answered
+	ctx     context.Context
+}
+
+// maxGuests is how many virtual machines may run at once: without KVM each
+// takes a whole core, and a third on two cores runs into the time limits.
+const maxGuests = 2
+
+// Serve offers the service on the bus at address (the system bus where it is
+// empty) until ctx ends or the bus goes away. ready is called when the name is
+// ours. On return no job runs any more.
+func Serve(ctx context.Context, address string, c config.Config, version string, ready func() error) error {
+	s := &Server{config: c, version: version, guests: make(chan struct{}, maxGuests), opened: make(chan struct{}), ctx: ctx}
+	conn, err := s.connect(address)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	s.conn = conn
+	s.devices = newDeviceList(blockdev.System{}, s)
+	if err := s.devices.refresh(ctx); err != nil {
+		return err
+	}
+	if s.jobs, err = jobs.Open(s.stateDir("jobs"), c.JobRetention, s); err != nil {
+		return err
+	}
+	defer s.jobs.Close()
+	s.dropOldReports()
+
+	watching := make(chan struct{})
+	watch, stop := context.WithCancel(ctx)
+	defer func() { stop(); <-watching }()
+	go func() {
+		defer close(watching)
+		s.devices.watch(watch)
+	}()
+
+	close(s.opened)
+	reply, err := conn.RequestName(api.BusName, dbus.NameFlagDoNotQueue)
+	if err != nil {
+		return fmt.Errorf("request the name %s: %w", api.BusName, err)
+	}
+	if reply != dbus.RequestNameReplyPrimaryOwner {
+		return fmt.Errorf("another memlinuxd owns %s on this bus; stop it first", api.BusName)
+	}
+	if err := ready(); err != nil {
+		return err
+	}
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-conn.Context().Done():
+		return errors.New("the bus went away")
+	}
+}
+
+func (s *Server) connect(address string) (*dbus.Conn, error) {
+	var conn *dbus.Conn
+	var err error
+	if address == "" {
+		conn, err = dbus.ConnectSystemBus(dbus.WithHandler(s))
+	} else {
+		conn, err = dbus.Connect(address, dbus.WithHandler(s))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("connect to the bus: %w", err)
+	}
+	return conn, nil
+}
+
+// Actions: what a method does, as far as it matters for who may call it. Each
+// becomes a polkit action; until then all but reading is root's.
+const (
+	actionRead   = "org.memlinux.memlinux1.read"
+	actionBuild  = "org.memlinux.memlinux1.build"
+	actionWrite  = "org.memlinux.memlinux1.write"
+	actionVerify = "org.memlinux.memlinux1.verify"
+	actionVM     = "org.memlinux.memlinux1.vm"
+	actionCancel = "org.memlinux.memlinux1.cancel"
+)
+
+// Where a method can be called.
+type place int
+
+const (
+	anywhere place = iota
+	onManager
+	onJob
+	onDevice
+)
+
+// method is a row of the dispatcher's table.
+type method struct {
+	iface, member string
+	place         place
+	in            string // D-Bus signature of the arguments
+	action        string
+	run           func(*Server, *call) ([]any, error)
+}
+
+// methods is every method that there is. One that is not in it is denied.
+var methods []method
+
+func init() { // not a literal: Introspect reads the table that it stands in
+	methods = []method{
+		{api.IntrospectableInterface, "Introspect", anywhere, "", actionRead, (*Server).introspect},
+		{api.PropertiesInterface, "Get", anywhere, "ss", actionRead, (*Server).getProperty},
+		{api.PropertiesInterface, "GetAll", anywhere, "s", actionRead, (*Server).getProperties},
+		{api.PropertiesInterface, "Set", anywhere, "ssv", actionRead, (*Server).setProperty},
+		{api.ObjectManagerInterface, "GetManagedObjects", onManager, "", actionRead, (*Server).managedObjects},
+		{api.ManagerInterface, "Build", onManager, "a{sv}", actionBuild, (*Server).build},
+		{api.ManagerInterface, "Plan", onManager, "oa{sv}", actionRead, (*Server).plan},
+		{api.ManagerInterface, "Write", onManager, "osa{sv}", actionWrite, (*Server).write},
+		{api.ManagerInterface, "WriteFile", onManager, "ha{sv}", actionBuild, (*Server).writeFile},
+		{api.ManagerInterface, "Verify", onManager, "oa{sv}", actionVerify, (*Server).verify},
+		{api.ManagerInterface, "VerifyFile", onManager, "ha{sv}", actionVerify, (*Server).verifyFile},
+		{api.ManagerInterface, "StartVM", onManager, "ha{sv}", actionVM, (*Server).startVM},
+		{api.ManagerInterface, "Devices", onManager, "a{sv}", actionRead, (*Server).listDevices},
+		{api.ManagerInterface, "Jobs", onManager, "a{sv}", actionRead, (*Server).listJobs},
+		{api.JobInterface, "Cancel", onJob, "a{sv}", actionCancel, (*Server).cancelJob},
+	}
+}
+
+// LookupObject makes the Server a dbus.Handler: godbus asks it for the method
+// behind each call, and every answer leads to dispatch.
+func (s *Server) LookupObject(path dbus.ObjectPath) (dbus.ServerObject, bool) {
+	return object{s, path}, path.IsValid()
+}
+
+type object struct {
+	server *Server
+	path   dbus.ObjectPath
+}
+
+func (o object) LookupInterface(name string) (dbus.Interface, bool) {
+	return boundInterface{o, name}, true
+}
+
+type boundInterface struct {
+	object
+	name string
+}
+
+func (i boundInterface) LookupMethod(member string) (dbus.Method, bool) {
+	return boundMethod{i, member}, true
+}
+
+type boundMethod struct {
+	boundInterface
+	member string
+}
+
+// DecodeArguments hands the whole message on: its sender, its flags and its
+// descriptors matter too.
+func (m boundMethod) DecodeArguments(_ *dbus.Conn, _ string, msg *dbus.Message, _ []any) ([]any, error) {
+	return []any{msg}, nil
+}
+
+func (m boundMethod) Call(args ...any) ([]any, error) {
+	return m.server.dispatch(m.path, m.name, m.member, args[0].(*dbus.Message))
+}
+
+// These four describe methods that godbus decodes by itself; dispatch does.
+func (boundMethod) NumArguments() int     { return 0 }
+func (boundMethod) NumReturns() int       { return 0 }
+func (boundMethod) ArgumentValue(int) any { return nil }
+func (boundMethod) ReturnValue(int) any   { return nil }
+
+// call is one method call that was let through.
+type call struct {
+	ctx    context.Context
+	path   dbus.ObjectPath
+	sender string
+	uid    uint32
+	args   []any
+	files  map[dbus.UnixFD]*os.File // the descriptors that nobody has taken yet
+}
+
+// take gives the caller of take the descriptor, to close it.
+func (c *call) take(fd dbus.UnixFD) (*os.File, error) {
+	f, ok := c.files[fd]
+	if !ok {
+		return nil, invalidOption("one descriptor was given for two things; give each its own")
+	}
+	delete(c.files, fd)
+	return f, nil
+}
+
+// dispatch is the one way to every method.
+func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.Message) (ret []any, err error) {
+	files := map[dbus.UnixFD]*os.File{}
+	collectFiles(msg.Body, files)
+	defer func() {
+		if p := recover(); p != nil {
+			fmt.Fprintf(os.Stderr, "memlinuxd: %s.%s: panic: %v\n%s", iface, member, p, debug.Stack())
+			ret, err = nil, &api.Error{Name: api.ErrFailed, Message: fmt.Sprintf("internal error: %v; please report it with the daemon's log", p)}
+		}
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	select { // a call to our unique name can come before we are ready
+	case <-s.opened:
+	case <-s.ctx.Done():
+		return nil, &api.Error{Name: api.ErrBusy, Message: "memlinuxd is stopping; try again in a moment"}
+	}
+	m, err := s.lookup(path, iface, member)
+	if err != nil {
+		return nil, err
+	}
+	sender, _ := msg.Headers[dbus.FieldSender].Value().(string)
+	signature, _ := msg.Headers[dbus.FieldSignature].Value().(dbus.Signature)
+	if signature.String() != m.in {
+		return nil, dbus.NewError("org.freedesktop.DBus.Error.InvalidArgs",
+			[]any{fmt.Sprintf("%s takes arguments of the signature %q, not %q", member, m.in, signature.String())})
+	}
+	uid, err := s.authorize(sender, m.action)
+	if err != nil {
+		return nil, err
+	}
+	c := &call{ctx: s.ctx, path: path, sender: sender, uid: uid, args: msg.Body, files: files}
+	ret, err = m.run(s, c)
+	if err != nil {
+		return nil, contractError(err)
+	}
+	return ret, nil
+}
+
+func (s *Server) lookup(path dbus.ObjectPath, iface, member string) (method, error) {
+	here, _ := s.resolve(path)
+	if here == nowhere {
+		return method{}, dbus.NewError("org.freedesktop.DBus.Error.UnknownObject", []any{fmt.Sprintf("no object at %s", path)})
+	}
+	known := false
+	for _, m := range methods {
+		if m.place != anywhere && m.place != here {
+			continue
+		}
+		// The specification lets a caller leave the interface out.
+		if m.iface == iface || iface == "" {
+			known = true
+			if m.member == member {
+				return m, nil
+			}
+		}
+	}
+	if !known {
+		return method{}, dbus.NewError("org.freedesktop.DBus.Error.UnknownInterface", []any{fmt.Sprintf("%s has no interface %s", path, iface)})
+	}
+	return method{}, dbus.NewError("org.freedesktop.DBus.Error.UnknownMethod", []any{fmt.Sprintf("%s has no method %s.%s", path, iface, member)})
+}
+
+// authorize decides whether sender may do the action, and returns its uid. What
+// can't be found out is denied.
+func (s *Server) authorize(sender, action string) (uint32, error) {
+	if sender == "" {
+		return 0, &api.Error{Name: api.ErrNotAuthorized, Message: "the call has no sender, so nobody can be authorized"}
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, 10*time.Second)
+	defer cancel()
+	var uid uint32
+	if err := s.conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.GetConnectionUnixUser", 0, sender).Store(&uid); err != nil {
+		return 0, &api.Error{Name: api.ErrNotAuthorized, Message: "who is calling can't be found out: " + err.Error()}
+	}
+	if uid != 0 && action != actionRead {
+		return 0, &api.Error{Name: api.ErrNotAuthorized, Message: "this is for root: run the command with sudo"}
+	}
+	return uid, nil
+}
+
+// contractError gives every error a name of the contract.
+func contractError(err error) error {
+	var contract *api.Error
+	var bus *dbus.Error
+	if errors.As(err, &contract) || errors.As(err, &bus) {
+		return err
+	}
+	return api.NewError(errorName(err), err)
+}
+
+// collectFiles makes files of all descriptors in v.
+func collectFiles(v any, files map[dbus.UnixFD]*os.File) {
+	switch v := v.(type) {
+	case dbus.UnixFD:
+		if _, ok := files[v]; !ok && v >= 0 {
+			files[v] = os.NewFile(uintptr(v), "the given file")
+		}
+	case dbus.Variant:
+		collectFiles(v.Value(), files)
+	case map[string]dbus.Variant:
+		for _, e := range v {
+			collectFiles(e, files)
+		}
+	case []any:
+		for _, e := range v {
+			collectFiles(e, files)
+		}
+	}
+}
+
+const (
+	nowhere place = -1 - iota // no object
+	onNode                    // on the way to the objects
+)
+
+// resolve says what lies at path, and which nodes are below it.
+func (s *Server) resolve(path dbus.ObjectPath) (place, []string) {
+	if path == api.ManagerPath {
+		return onManager, []string{"devices", "jobs"}
+	}
+	if name, ok := api.DeviceName(path); ok {
+		if _, ok := s.devices.get(name); ok {
+			return onDevice, nil
+		}
+		return nowhere, nil
+	}
+	if id, ok := api.JobID(path); ok {
+		if _, ok := s.jobs.Job(id); ok {
+			return onJob, nil
+		}
+		return nowhere, nil
+	}
+	prefix := strings.TrimSuffix(string(path), "/") + "/"
+	objects := s.objects()
+	for _, empty := range []dbus.ObjectPath{"devices", "jobs"} { // there even when they are
+		objects[api.ManagerPath+"/"+empty+"/"] = nil
+	}
+	here, children := nowhere, []string{}
+	for p := range objects {
+		if rest, ok := strings.CutPrefix(string(p), prefix); ok {
+			here = onNode
+			child, _, _ := strings.Cut(rest, "/")
+			if child != "" && !slices.Contains(children, child) {
+				children = append(children, child)
+			}
+		}
+	}
+	slices.Sort(children)
+	return here, children
+}
+
+// objects is everything on the bus: path, interface, properties.
+func (s *Server) objects() map[dbus.ObjectPath]map[string]api.Properties {
+	all := map[dbus.ObjectPath]map[string]api.Properties{
+		api.ManagerPath: {api.ManagerInterface: s.managerProperties()},
+	}
+	for _, d := range s.devices.all() {
+		all[api.DevicePath(d.Name)] = map[string]api.Properties{api.DeviceInterface: d.Properties()}
+	}
+	for _, j := range s.jobs.Jobs() {
+		all[api.JobPath(j.ID)] = map[string]api.Properties{api.JobInterface: j.Properties()}
+	}
+	return all
+}
+
+func (s *Server) managerProperties() api.Properties {
+	return api.Properties{"Version": dbus.MakeVariant(s.version)}
+}
+
+func (s *Server) introspect(c *call) ([]any, error) {
+	here, children := s.resolve(c.path)
+	iface := map[place]string{onManager: api.ManagerInterface, onJob: api.JobInterface, onDevice: api.DeviceInterface}[here]
+	return []any{api.Introspect(iface, children)}, nil
+}
+
+// managedObjects leaves the manager itself out: it is the root that is asked.
+func (s *Server) managedObjects(*call) ([]any, error) {
+	all := s.objects()
+	delete(all, api.ManagerPath)
+	return []any{all}, nil
+}
+
+func (s *Server) propertiesOf(path dbus.ObjectPath, iface string) (api.Properties, error) {
+	props, ok := s.objects()[path][iface]
+	if !ok {
+		return nil, dbus.NewError("org.freedesktop.DBus.Error.UnknownInterface", []any{fmt.Sprintf("%s has no properties of %q", path, iface)})
+	}
+	return props, nil
+}
+
+func (s *Server) getProperty(c *call) ([]any, error) {
+	iface, name := c.args[0].(string), c.args[1].(string)
+	props, err := s.propertiesOf(c.path, iface)
+	if err != nil {
+		return nil, err
+	}
+	v, ok := props[name]
+	if !ok {
+		return nil, dbus.NewError("org.freedesktop.DBus.Error.UnknownProperty", []any{fmt.Sprintf("%s has no property %s", iface, name)})
+	}
+	return []any{v}, nil
+}
+
+func (s *Server) getProperties(c *call) ([]any, error) {
+	props, err := s.propertiesOf(c.path, c.args[0].(string))
+	if err != nil {
+		return nil, err
+	}
+	return []any{props}, nil
+}
+
+func (s *Server) setProperty(c *call) ([]any, error) {
+	return nil, dbus.NewError("org.freedesktop.DBus.Error.PropertyReadOnly", []any{fmt.Sprintf("%s is read-only", c.args[1])})
+}
+
+// emit sends a signal. It can only fail when the bus is gone, which ends Serve.
+func (s *Server) emit(path dbus.ObjectPath, name string, values ...any) {
+	_ = s.conn.Emit(path, name, values...)
+}
+
+func (s *Server) emitChanged(path dbus.ObjectPath, iface string, changed api.Properties) {
+	s.emit(path, api.PropertiesInterface+".PropertiesChanged", iface, changed, []string{})
+}
+
+func (s *Server) emitAdded(path dbus.ObjectPath, iface string, props api.Properties) {
+	s.emit(api.ManagerPath, api.ObjectManagerInterface+".InterfacesAdded", path, map[string]api.Properties{iface: props})
+}
+
+func (s *Server) emitRemoved(path dbus.ObjectPath, iface string) {
+	s.emit(api.ManagerPath, api.ObjectManagerInterface+".InterfacesRemoved", path, []string{iface})
+}
+
+// JobAdded tells that a job began. With JobChanged, JobCompleted and JobRemoved
+// it makes the Server the jobs.Events of its registry.
+func (s *Server) JobAdded(j api.Job) {
+	s.emitAdded(api.JobPath(j.ID), api.JobInterface, j.Properties())
+}
+
+// JobChanged tells the properties that change while a job runs.
+func (s *Server) JobChanged(j api.Job) {
+	props := j.Properties()
+	changed := api.Properties{}
+	for _, key := range []string{"Phase", "Progress", "Bytes", "Total", "Rate"} {
+		changed[key] = props[key]
+	}
+	s.emitChanged(api.JobPath(j.ID), api.JobInterface, changed)
+}
+
+// JobCompleted tells a job's end.
+func (s *Server) JobCompleted(j api.Job) {
+	props := j.Properties()
+	changed := api.Properties{}
+	for _, key := range []string{"State", "Phase", "Progress", "Bytes", "Total", "Rate", "Message", "Result"} {
+		changed[key] = props[key]
+	}
+	path := api.JobPath(j.ID)
+	s.emitChanged(path, api.JobInterface, changed)
+	s.emit(path, api.JobInterface+".Completed", j.State == api.StateSucceeded, j.Message, j.Result())
+}
+
+// JobRemoved tells that an ended job was forgotten.
+func (s *Server) JobRemoved(id string) { s.emitRemoved(api.JobPath(id), api.JobInterface) }

@@ -1,0 +1,300 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"encoding/xml"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/config"
+	"github.com/memlinux/memlinux/testvm/need"
+)
+
+// openBus starts a dbus-daemon that lets every user in, as a system bus does,
+// and serves memlinuxd on it. It returns the bus's address.
+func openBus(t *testing.T) string {
+	t.Helper()
+	program := need.Tool(t, "dbus-daemon", "dbus-daemon")
+	dir, err := os.MkdirTemp("", "memlinux-test-bus-") // a socket's path must be short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(dir, "bus")
+	conf := filepath.Join(dir, "bus.conf")
+	text := `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN" "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig><listen>unix:path=` + socket + `</listen><auth>EXTERNAL</auth>
+<policy context="default"><allow user="*"/><allow own="*"/><allow send_destination="*"/><allow receive_sender="*"/></policy></busconfig>`
+	if err := os.WriteFile(conf, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	bus := exec.Command(program, "--config-file="+conf, "--nofork", "--nopidfile", "--nosyslog")
+	bus.Stderr = os.Stderr
+	if err := bus.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { bus.Process.Kill(); bus.Wait() })
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(socket); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("dbus-daemon makes no socket")
+		}
+	}
+	address := "unix:path=" + socket
+
+	ctx, cancel := context.WithCancel(context.Background())
+	ready, ended := make(chan struct{}), make(chan error, 1)
+	c := config.Config{CacheDir: t.TempDir(), StateDir: t.TempDir(), Kernel: "auto", Memory: 512, JobRetention: time.Minute}
+	go func() {
+		ended <- Serve(ctx, address, c, "test", func() error { close(ready); return nil })
+	}()
+	select {
+	case <-ready:
+	case err := <-ended:
+		t.Fatalf("Serve: %v", err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+	return address
+}
+
+func dial(t *testing.T, address string) *dbus.Conn {
+	t.Helper()
+	conn, err := dbus.Connect(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+func invoke(conn *dbus.Conn, path dbus.ObjectPath, method string, args ...any) *dbus.Call {
+	return conn.Object(api.BusName, path).Call(method, 0, args...)
+}
+
+// What the introspection promises is just what the dispatcher's table has.
+func TestIntrospectionIsTheTable(t *testing.T) {
+	need.Root(t) // the service lists the machine's disks
+	address := openBus(t)
+	conn := dial(t, address)
+	promised := map[string]string{}
+	for _, path := range []dbus.ObjectPath{api.ManagerPath} {
+		var text string
+		if err := invoke(conn, path, api.IntrospectableInterface+".Introspect").Store(&text); err != nil {
+			t.Fatal(err)
+		}
+		collect(t, text, promised)
+	}
+	collect(t, api.Introspect(api.JobInterface, nil), promised)
+	collect(t, api.Introspect(api.DeviceInterface, nil), promised)
+	for name := range promised {
+		if strings.HasPrefix(name, "org.freedesktop.DBus.Peer.") { // godbus's own
+			delete(promised, name)
+		}
+	}
+	for _, m := range methods {
+		name := m.iface + "." + m.member
+		if in, ok := promised[name]; !ok || in != m.in {
+			t.Errorf("%s(%s) is in the table; introspection has %q, %v", name, m.in, in, ok)
+		}
+		delete(promised, name)
+		if m.action == "" {
+			t.Errorf("%s has no action", name)
+		}
+	}
+	for name := range promised {
+		t.Errorf("%s is introspected but not in the table", name)
+	}
+}
+
+func collect(t *testing.T, text string, into map[string]string) {
+	t.Helper()
+	var node struct {
+		Interfaces []struct {
+			Name    string `xml:"name,attr"`
+			Methods []struct {
+				Name string `xml:"name,attr"`
+				Args []struct {
+					Type      string `xml:"type,attr"`
+					Direction string `xml:"direction,attr"`
+				} `xml:"arg"`
+			} `xml:"method"`
+		} `xml:"interface"`
+	}
+	if err := xml.Unmarshal([]byte(text), &node); err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range node.Interfaces {
+		for _, m := range i.Methods {
+			in := ""
+			for _, a := range m.Args {
+				if a.Direction == "in" {
+					in += a.Type
+				}
+			}
+			into[i.Name+"."+m.Name] = in
+		}
+	}
+}
+
+func TestBadCallsAreNamedErrors(t *testing.T) {
+	need.Root(t)
+	conn := dial(t, openBus(t))
+	none := map[string]dbus.Variant{}
+	with := func(key string, value any) map[string]dbus.Variant {
+		return map[string]dbus.Variant{key: dbus.MakeVariant(value)}
+	}
+	nul, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nul.Close()
+	manager := api.ManagerInterface + "."
+	for _, c := range []struct {
+		name   string
+		path   dbus.ObjectPath
+		method string
+		args   []any
+		want   string // error name
+		says   string
+	}{
+		{"unknown option", api.ManagerPath, manager + "Build", []any{with("kernal", "auto")}, api.ErrInvalidOption, `unknown option "kernal"; known are`},
+		{"option of a wrong type", api.ManagerPath, manager + "Build", []any{with(api.OptAppend, uint32(1))}, api.ErrInvalidOption, "must be of the D-Bus type s, not u"},
+		{"unknown compression", api.ManagerPath, manager + "Build", []any{with(api.OptCompression, "rar")}, api.ErrInvalidOption, "auto, zstd, gzip, none"},
+		{"kernel by path", api.ManagerPath, manager + "Build", []any{with(api.OptKernel, "/boot/vmlinuz")}, api.ErrInvalidOption, "debian:PACKAGE"},
+		{"kernel that is a device node", api.ManagerPath, manager + "WriteFile", []any{dbus.UnixFD(nul.Fd()), none}, api.ErrInvalidOption, "not a regular file"},
+		{"unknown output file", api.ManagerPath, manager + "Build", []any{with(api.OptFiles, map[string]dbus.Variant{"passwd": dbus.MakeVariant(dbus.UnixFD(nul.Fd()))})}, api.ErrInvalidOption, "passwd"},
+		{"options where there are none", api.ManagerPath, manager + "Devices", []any{with("all", true)}, api.ErrInvalidOption, "there are none"},
+		{"device that is not there", api.ManagerPath, manager + "Plan", []any{api.DevicePath("nosuch"), none}, api.ErrNoSuchDevice, ""},
+		{"device name that climbs out", api.ManagerPath, manager + "Plan", []any{api.DevicePath("../../etc"), none}, api.ErrNoSuchDevice, ""},
+		{"path that is no device's", api.ManagerPath, manager + "Plan", []any{dbus.ObjectPath("/"), none}, api.ErrNoSuchDevice, "not the path of a device"},
+		{"write without a plan", api.ManagerPath, manager + "Write", []any{api.DevicePath("nosuch"), "token", none}, api.ErrNoSuchDevice, ""},
+		{"nothing to boot", api.ManagerPath, manager + "StartVM", []any{dbus.UnixFD(nul.Fd()), none}, api.ErrInvalidOption, "nothing to boot"},
+		{"wrong signature", api.ManagerPath, manager + "Plan", []any{"sda", none}, "org.freedesktop.DBus.Error.InvalidArgs", ""},
+		{"unknown method", api.ManagerPath, manager + "Format", nil, "org.freedesktop.DBus.Error.UnknownMethod", ""},
+		{"unknown interface", api.ManagerPath, "org.example.X.Y", nil, "org.freedesktop.DBus.Error.UnknownInterface", ""},
+		{"unknown object", "/org/memlinux/Memlinux1/jobs/none", api.JobInterface + ".Cancel", []any{none}, "org.freedesktop.DBus.Error.UnknownObject", ""},
+		{"job's method on the manager", api.ManagerPath, api.JobInterface + ".Cancel", []any{none}, "org.freedesktop.DBus.Error.UnknownInterface", ""},
+		{"unknown property", api.ManagerPath, api.PropertiesInterface + ".Get", []any{api.ManagerInterface, "Colour"}, "org.freedesktop.DBus.Error.UnknownProperty", ""},
+		{"read-only property", api.ManagerPath, api.PropertiesInterface + ".Set", []any{api.ManagerInterface, "Version", dbus.MakeVariant("2")}, "org.freedesktop.DBus.Error.PropertyReadOnly", ""},
+	} {
+		err := invoke(conn, c.path, c.method, c.args...).Err
+		if name := api.ErrorName(err); err == nil || name != c.want || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %s: %v", c.name, name, err)
+		}
+	}
+	var version dbus.Variant
+	if err := invoke(conn, api.ManagerPath, api.PropertiesInterface+".Get", api.ManagerInterface, "Version").Store(&version); err != nil || version.Value() != "test" {
+		t.Errorf("after all that, Version is %v, %v", version, err)
+	}
+}
+
+// Every method that does more than read is denied to another user.
+func TestOthersMayOnlyRead(t *testing.T) {
+	need.Root(t)
+	gdbus := need.Tool(t, "gdbus", "libglib2.0-bin")
+	address := openBus(t)
+	nobody, err := user.Lookup("nobody")
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid, _ := strconv.Atoi(nobody.Uid)
+	gid, _ := strconv.Atoi(nobody.Gid)
+	arguments := map[string]string{"s": "'x'", "o": "'/'", "h": "0", "v": "<1>", "a{sv}": "@a{sv} {}"}
+	denied := 0
+	for _, m := range methods {
+		if m.place != onManager && m.place != anywhere {
+			continue
+		}
+		args := []string{"call", "--address", address, "--dest", api.BusName, "--object-path", string(api.ManagerPath), "--method", m.iface + "." + m.member}
+		for in := m.in; in != ""; {
+			for sig, value := range arguments {
+				if rest, ok := strings.CutPrefix(in, sig); ok {
+					args, in = append(args, value), rest
+				}
+			}
+		}
+		cmd := exec.Command(gdbus, args...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
+		out, err := cmd.CombinedOutput()
+		isDenied := bytes.Contains(out, []byte(api.ErrNotAuthorized))
+		if strings.Contains(m.in, "h") && bytes.Contains(out, []byte("file descriptor")) {
+			continue // gdbus can't pass descriptors; TestBadCallsAreNamedErrors does
+		}
+		if wanted := m.action != actionRead; isDenied != wanted {
+			t.Errorf("%s.%s: denied: %v, want %v: %v: %s", m.iface, m.member, isDenied, wanted, err, out)
+		}
+		if isDenied {
+			denied++
+		}
+	}
+	if denied == 0 {
+		t.Error("nothing was denied")
+	}
+}
+
+// A descriptor that comes with a call that fails is closed.
+func TestDescriptorsAreClosed(t *testing.T) {
+	need.Root(t)
+	conn := dial(t, openBus(t))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	options := map[string]dbus.Variant{"unknown": dbus.MakeVariant(dbus.UnixFD(w.Fd())), api.OptBusybox: dbus.MakeVariant(dbus.UnixFD(w.Fd()))}
+	if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".Build", options).Err; api.ErrorName(err) != api.ErrInvalidOption {
+		t.Fatal(err)
+	}
+	w.Close()
+	end := make(chan error, 1)
+	go func() {
+		_, err := r.Read(make([]byte, 1))
+		end <- err
+	}()
+	select {
+	case <-end:
+	case <-time.After(10 * time.Second):
+		t.Error("the daemon still holds the descriptor")
+	}
+}
+
+func TestTreeCanBeWalked(t *testing.T) {
+	need.Root(t)
+	busctl := need.Tool(t, "busctl", "systemd")
+	out, err := exec.Command(busctl, "--address="+openBus(t), "tree", api.BusName).CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte(api.ManagerPath)) {
+		t.Errorf("busctl tree: %v\n%s", err, out)
+	}
+}
+
+func TestOnlyOneOnABus(t *testing.T) {
+	need.Root(t)
+	address := openBus(t)
+	c := config.Config{CacheDir: t.TempDir(), StateDir: t.TempDir(), Kernel: "auto", Memory: 512, JobRetention: time.Minute}
+	err := Serve(context.Background(), address, c, "second", func() error { return fmt.Errorf("it became ready") })
+	if err == nil || !strings.Contains(err.Error(), "another memlinuxd") {
+		t.Errorf("the second one: %v", err)
+	}
+}

@@ -1,0 +1,192 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/memlinux/memlinux/bootloader/grub"
+	"github.com/memlinux/memlinux/bootloader/menulst"
+	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/imagegen"
+	"github.com/memlinux/memlinux/media"
+	"github.com/memlinux/memlinux/media/fat32"
+	"github.com/memlinux/memlinux/media/stick"
+)
+
+// Where things lie in the volume of a stick.
+const (
+	stickKernel    = "boot/" + api.FileKernel
+	stickInitramfs = "boot/" + api.FileInitramfs
+	stickManifest  = "boot/" + api.FileManifest
+	stickMenu      = "boot/grub/menu.lst"
+	stickEFI       = "EFI/BOOT/BOOTX64.EFI"
+	stickLabel     = "MEMLINUX"
+)
+
+// menuTimeout is how long the menu waits for a key, in seconds.
+const menuTimeout = "3"
+
+// recipeOf reads the options that say what system to make.
+func (s *Server) recipeOf(o *options) imagegen.Recipe {
+	r := imagegen.Recipe{
+		Busybox:     o.file(api.OptBusybox),
+		Compression: o.oneOf(api.OptCompression, "auto", "zstd", "gzip", "none"),
+		Append:      get[string](o, api.OptAppend),
+		Epoch:       o.epoch(),
+	}
+	if err := menulst.CheckCommandLine(r.Append); err != nil {
+		o.fail("option %q: %v", api.OptAppend, err)
+	}
+	for name, f := range o.fileMap(api.OptKernelConfigs) {
+		if r.Kernel.Configs == nil {
+			r.Kernel.Configs = map[string]io.ReaderAt{}
+		}
+		r.Kernel.Configs[name] = f
+	}
+	source := s.config.Kernel
+	if v, ok := o.left[api.OptKernel]; ok {
+		if _, isString := v.Value().(string); !isString {
+			r.Kernel.File = o.file(api.OptKernel)
+			return r
+		}
+		source = get[string](o, api.OptKernel)
+	} else {
+		o.known = append(o.known, api.OptKernel)
+	}
+	if name, ok := strings.CutPrefix(source, "debian:"); ok && name != "" {
+		r.Kernel.Debian = name
+	} else if source != "auto" {
+		o.fail("option %q is %q; it can be auto, debian:PACKAGE or an open file", api.OptKernel, source)
+	}
+	return r
+}
+
+func (s *Server) generate(ctx context.Context, progress imagegen.Progress, r imagegen.Recipe) (*imagegen.System, error) {
+	return imagegen.Generator{CacheDir: s.config.CacheDir}.Build(ctx, r, progress)
+}
+
+func reportSystem(sys *imagegen.System) *api.System {
+	return &api.System{ID: sys.ID, Cmdline: bootLine(sys.Cmdline, sys.ID), KernelRelease: sys.Manifest.Kernel.Release, KernelSource: sys.Manifest.Kernel.Source,
+		KernelSize: sys.Kernel.Size, KernelSHA256: sys.Kernel.SHA256, InitramfsSize: sys.Initramfs.Size, InitramfsSHA256: sys.Initramfs.SHA256}
+}
+
+// bootLine is the command line of a boot entry: /init reads the build's ID from
+// it, for the ready line.
+func bootLine(cmdline, id string) string { return cmdline + " memlinux.build=" + id }
+
+// menu is the menu.lst for the system. A stick's names its volume: the entry is
+// then right whatever number the loader gives the disk. Without a volume the
+// entry is for the partition that the menu is on.
+func menu(sys *imagegen.System, volume string) ([]byte, error) {
+	e := menulst.Entry{Title: "memlinux, Linux " + sys.Manifest.Kernel.Release}
+	if volume != "" {
+		e.Commands = append(e.Commands, menulst.Command{Name: "uuid", Args: volume})
+	}
+	e.Commands = append(e.Commands,
+		menulst.Command{Name: "kernel", Args: "/" + stickKernel + " " + bootLine(sys.Cmdline, sys.ID)},
+		menulst.Command{Name: "initrd", Args: "/" + stickInitramfs})
+	text, err := menulst.Render(menulst.Menu{
+		Globals: []menulst.Command{{Name: "default", Args: "0"}, {Name: "timeout", Args: menuTimeout}},
+		Entries: []menulst.Entry{e},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("boot menu: %w", err)
+	}
+	return text, nil
+}
+
+// composed is an image and the open files that it reads from.
+type composed struct {
+	image  *media.Image
+	volume string
+	files  []*os.File
+}
+
+func (c *composed) Close() { closeAll(c.files) }
+
+// compose lays the system out as a disk of that size (0: the least that fits)
+// and sector size, with a volume ID of its own.
+func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize int, modified time.Time) (c *composed, err error) {
+	c = &composed{}
+	defer func() {
+		if err != nil {
+			c.Close()
+			c = nil
+		}
+	}()
+	id, err := freshVolumeID()
+	if err != nil {
+		return nil, err
+	}
+	c.volume = grub.VolumeUUID(id)
+	spec := stick.Spec{Size: size, SectorSize: sectorSize, VolumeID: id, Label: stickLabel, ModTime: modified}
+	if sectorSize == 512 { // a PC BIOS can't boot others
+		bios, err := grub.MakeBIOS(ctx, id)
+		if err != nil {
+			return c, err
+		}
+		if spec.BootSector, spec.Core, err = bios.Embed(stick.CoreLBA); err != nil {
+			return c, err
+		}
+	}
+	efi, err := grub.MakeEFI(ctx, id)
+	if err != nil {
+		return c, err
+	}
+	menuText, err := menu(sys, c.volume)
+	if err != nil {
+		return c, err
+	}
+	manifest, err := sys.Manifest.JSON()
+	if err != nil {
+		return c, err
+	}
+	add := func(path string, size int64, content io.ReaderAt) {
+		spec.Files = append(spec.Files, fat32.File{Path: path, Size: size, Content: content, ModTime: modified})
+	}
+	add(stickEFI, int64(len(efi)), bytes.NewReader(efi))
+	add(stickMenu, int64(len(menuText)), bytes.NewReader(menuText))
+	add(stickManifest, int64(len(manifest)), bytes.NewReader(manifest))
+	for _, part := range []struct {
+		path string
+		file imagegen.File
+	}{{stickKernel, sys.Kernel}, {stickInitramfs, sys.Initramfs}} {
+		f, err := os.Open(part.file.Path)
+		if err != nil {
+			return c, fmt.Errorf("compose the image: %w", err)
+		}
+		c.files = append(c.files, f)
+		add(part.path, part.file.Size, f)
+	}
+	c.image, err = spec.Image()
+	return c, err
+}
+
+// freshVolumeID is a random FAT volume ID: GRUB finds the stick by it, so two
+// sticks in one PC must not share it.
+func freshVolumeID() (uint32, error) {
+	var b [4]byte
+	for {
+		if _, err := rand.Read(b[:]); err != nil {
+			return 0, fmt.Errorf("volume ID: %w", err)
+		}
+		if id := binary.LittleEndian.Uint32(b[:]); id != 0 {
+			return id, nil
+		}
+	}
+}
+
+func reportImage(im *media.Image, volume string) *api.Image {
+	r := &api.Image{Size: im.Size, Bytes: im.DataBytes(), VolumeID: volume}
+	for _, e := range im.Extents {
+		r.Extents = append(r.Extents, api.Extent{Offset: e.Offset, Length: e.Length})
+	}
+	return r
+}

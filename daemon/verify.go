@@ -1,0 +1,188 @@
+package daemon
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"slices"
+	"strings"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/memlinux/memlinux/bootloader/grub"
+	"github.com/memlinux/memlinux/bootloader/menulst"
+	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/jobs"
+	"github.com/memlinux/memlinux/imagegen"
+	"github.com/memlinux/memlinux/media/stick"
+)
+
+func (s *Server) verify(c *call) ([]any, error) {
+	return s.startVerify(c, func(o *options) (*source, error) {
+		return s.openToRead(c.ctx, nil, c.args[0].(dbus.ObjectPath))
+	})
+}
+
+func (s *Server) verifyFile(c *call) ([]any, error) {
+	return s.startVerify(c, func(o *options) (*source, error) {
+		f := o.argument()
+		if f == nil {
+			return nil, o.err
+		}
+		return s.openToRead(c.ctx, f, "")
+	})
+}
+
+func (s *Server) startVerify(c *call, open func(*options) (*source, error)) ([]any, error) {
+	o := c.options()
+	bootTest := o.boolean(api.OptBootTest, true)
+	if err := o.end(); err != nil {
+		return nil, err
+	}
+	disk, err := open(o)
+	if err != nil {
+		closeAll(o.files)
+		return nil, err
+	}
+	phases := []jobs.Phase{{Name: phaseCheck, Weight: 3}}
+	if bootTest {
+		phases = append(phases, bootPhases...)
+	}
+	return s.start(c, api.KindVerify, phases, append(o.files, disk.file), func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+		report := &api.Report{Kind: api.KindVerify, Target: disk.target}
+		j.Begin(phaseCheck)
+		if err := check(ctx, disk, report, j.Progress); err != nil {
+			if ctx.Err() != nil {
+				return report, ctx.Err()
+			}
+			return report, &api.Error{Name: api.ErrVerification, Message: err.Error()}
+		}
+		if !bootTest {
+			report.Verified = true
+			return report, nil
+		}
+		return report, s.prove(ctx, j, report, disk.file, report.System.ID)
+	})
+}
+
+// check reads a stick that memlinux wrote: its partition tables, its
+// filesystem, and every file that the manifest has a digest of.
+func check(ctx context.Context, disk *source, report *api.Report, progress func(done, total int64)) error {
+	found, err := stick.Inspect(disk.file, disk.size, disk.sectorSize)
+	if err != nil {
+		return err
+	}
+	volume := grub.VolumeUUID(found.VolumeID)
+	report.Image = &api.Image{Size: disk.size, VolumeID: volume}
+	var m imagegen.Manifest
+	text, err := readSmall(found.FS(), stickManifest)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(text, &m); err != nil {
+		return fmt.Errorf("%s: %w", stickManifest, err)
+	}
+	report.System = &api.System{ID: m.ID, Cmdline: bootLine(m.Cmdline, m.ID), KernelRelease: m.Kernel.Release, KernelSource: m.Kernel.Source,
+		KernelSize: m.Kernel.Size, KernelSHA256: m.Kernel.SHA256, InitramfsSize: m.Initramfs.Size, InitramfsSHA256: m.Initramfs.SHA256}
+	if id := imagegen.SystemID(m.Kernel.SHA256, m.Initramfs.SHA256, m.Cmdline); id != m.ID {
+		return fmt.Errorf("%s says build %s, but its digests make build %s: it was changed", stickManifest, m.ID, id)
+	}
+	total := m.Kernel.Size + m.Initramfs.Size
+	var done int64
+	for _, f := range []struct {
+		path, digest string
+		size         int64
+	}{{stickKernel, m.Kernel.SHA256, m.Kernel.Size}, {stickInitramfs, m.Initramfs.SHA256, m.Initramfs.Size}} {
+		before := done
+		digest, n, err := digestFile(ctx, found.FS(), f.path, f.size, func(n int64) { progress(before+n, total) })
+		if err != nil {
+			return err
+		}
+		if n != f.size || digest != f.digest {
+			return fmt.Errorf("%s is not what was written: sha256 %s of %d bytes, expected %s of %d; write the stick again", f.path, digest, n, f.digest, f.size)
+		}
+		done += n
+		report.Image.Bytes += n
+	}
+	return checkMenu(found.FS(), volume, report.System.Cmdline)
+}
+
+// checkMenu wants an entry that boots this volume's kernel with the command
+// line, and the boot loader that reads it.
+func checkMenu(files fs.FS, volume, cmdline string) error {
+	text, err := readSmall(files, stickMenu)
+	if err != nil {
+		return err
+	}
+	menu := menulst.Parse(text)
+	entries := menu.Entries()
+	i, ok := menu.Default()
+	if !ok || i >= len(entries) {
+		return fmt.Errorf("%s has no entry to boot by itself", stickMenu)
+	}
+	kernel, line := entries[i].Kernel()
+	switch {
+	case entries[i].UUID() != volume:
+		return fmt.Errorf("%s boots from the volume %q, but this one is %s", stickMenu, entries[i].UUID(), volume)
+	case kernel != "/"+stickKernel || entries[i].Initrd() != "/"+stickInitramfs:
+		return fmt.Errorf("%s boots %s with %s, not memlinux's own files", stickMenu, kernel, entries[i].Initrd())
+	case !slices.Equal(strings.Fields(line), strings.Fields(cmdline)):
+		return fmt.Errorf("%s has the command line %q, expected %q", stickMenu, line, cmdline)
+	}
+	if _, err := fs.Stat(files, stickEFI); err != nil {
+		return fmt.Errorf("the boot loader for UEFI is missing: %w", err)
+	}
+	return nil
+}
+
+// maxSmall bounds the files that are read whole.
+const maxSmall = 16 << 20
+
+func readSmall(files fs.FS, path string) ([]byte, error) {
+	f, err := files.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s is missing: this is not a stick that memlinux wrote", path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxSmall+1))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if len(text) > maxSmall {
+		return nil, fmt.Errorf("%s is larger than %d MiB: it was changed", path, maxSmall>>20)
+	}
+	return text, nil
+}
+
+// digestFile is the SHA-256 of a file, and its size, which is at most one byte
+// more than it should have.
+func digestFile(ctx context.Context, files fs.FS, path string, size int64, progress func(int64)) (string, int64, error) {
+	f, err := files.Open(path)
+	if err != nil {
+		return "", 0, fmt.Errorf("%s: %w", path, err)
+	}
+	defer f.Close()
+	h := sha256.New()
+	var n int64
+	_, err = io.Copy(h, io.LimitReader(readerFunc(func(p []byte) (int, error) {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		m, err := f.Read(p)
+		n += int64(m)
+		progress(n)
+		return m, err
+	}), size+1))
+	if err != nil {
+		return "", n, fmt.Errorf("%s: %w", path, err)
+	}
+	return hex.EncodeToString(h.Sum(nil)), n, nil
+}

@@ -1,0 +1,417 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/jobs"
+	"github.com/memlinux/memlinux/imagegen"
+	"github.com/memlinux/memlinux/media"
+	"github.com/memlinux/memlinux/media/blockdev"
+	"github.com/memlinux/memlinux/testvm"
+)
+
+// The phases of jobs. The weights are their shares of the time on a stick that
+// takes 30 MB/s and a machine without KVM.
+const (
+	phaseKernel    = "kernel"    // imagegen's names
+	phaseInitramfs = "initramfs" //
+	phaseImage     = "image"
+	phaseWrite     = media.PhaseWrite
+	phaseReadBack  = media.PhaseReadBack
+	phaseCheck     = "check"
+	phaseData      = "data disc"
+	phaseRun       = "run"
+)
+
+func bootPhase(fw testvm.Firmware) string { return "boot " + strings.ToUpper(string(fw)) }
+
+var (
+	firmwares = []testvm.Firmware{testvm.BIOS, testvm.UEFI}
+
+	buildPhases = []jobs.Phase{{Name: phaseKernel, Weight: 2}, {Name: phaseInitramfs, Weight: 1}}
+	writePhases = []jobs.Phase{{Name: phaseKernel, Weight: 2}, {Name: phaseInitramfs, Weight: 1}, {Name: phaseImage, Weight: 1},
+		{Name: phaseWrite, Weight: 4}, {Name: phaseReadBack, Weight: 3}}
+	bootPhases = []jobs.Phase{{Name: bootPhase(testvm.BIOS), Weight: 8}, {Name: bootPhase(testvm.UEFI), Weight: 12}}
+)
+
+// stateDir is a folder below the daemon's state.
+func (s *Server) stateDir(parts ...string) string {
+	return filepath.Join(append([]string{s.config.StateDir}, parts...)...)
+}
+
+// keepReports is how many jobs' console logs and screenshots are kept.
+const keepReports = 50
+
+// dropOldReports removes the oldest: job IDs sort by time.
+func (s *Server) dropOldReports() {
+	entries, err := os.ReadDir(s.stateDir("reports"))
+	if err != nil || len(entries) <= keepReports {
+		return // none yet
+	}
+	for _, e := range entries[:len(entries)-keepReports] {
+		if err := os.RemoveAll(s.stateDir("reports", e.Name())); err != nil {
+			fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
+		}
+	}
+}
+
+func (s *Server) listJobs(c *call) ([]any, error) {
+	if err := c.options().end(); err != nil {
+		return nil, err
+	}
+	paths := []dbus.ObjectPath{}
+	for _, j := range s.jobs.Jobs() {
+		paths = append(paths, api.JobPath(j.ID))
+	}
+	slices.Sort(paths)
+	return []any{paths}, nil
+}
+
+// cancelJob returns when nothing of the job runs any more.
+func (s *Server) cancelJob(c *call) ([]any, error) {
+	if err := c.options().end(); err != nil {
+		return nil, err
+	}
+	id, _ := api.JobID(c.path)
+	j, ok := s.jobs.Job(id)
+	if !ok {
+		return nil, &api.Error{Name: api.ErrNoSuchJob, Message: "no job " + id + "; list them with memlinux jobs"}
+	}
+	return nil, j.Cancel(c.ctx)
+}
+
+// start begins a job that owns the files: they are closed when it has ended.
+func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.File, run jobs.Run) ([]any, error) {
+	j, err := s.jobs.Start(kind, c.uid, phases, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+		defer closeAll(files)
+		report, err := run(ctx, j)
+		if err != nil {
+			err = contractError(err)
+		}
+		return report, err
+	})
+	if err != nil {
+		closeAll(files)
+		return nil, err
+	}
+	return []any{api.JobPath(j.ID())}, nil
+}
+
+// tell passes a room's progress on to the job.
+func tell(j *jobs.Job) func(phase string, done, total int64) {
+	return func(phase string, done, total int64) {
+		j.Begin(phase)
+		j.Progress(done, total)
+	}
+}
+
+func (s *Server) build(c *call) ([]any, error) {
+	o := c.options()
+	recipe := s.recipeOf(o)
+	outputs := o.fileMap(api.OptFiles)
+	for name, f := range outputs {
+		if !slices.Contains(api.BuildFiles(), name) {
+			o.fail("option %q has the file %q; it can have %s", api.OptFiles, name, strings.Join(api.BuildFiles(), ", "))
+		} else if err := wantRegular(f); err != nil {
+			o.fail("%s: %v", name, err)
+		}
+	}
+	if err := o.end(); err != nil {
+		return nil, err
+	}
+	return s.start(c, api.KindBuild, buildPhases, o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+		report := &api.Report{Kind: api.KindBuild}
+		sys, err := s.generate(ctx, tell(j), recipe)
+		if err != nil {
+			return nil, err
+		}
+		report.System, report.Warnings = reportSystem(sys), sys.Warnings
+		if err := deliver(ctx, sys, outputs); err != nil {
+			return report, err
+		}
+		report.Verified = true
+		return report, nil
+	})
+}
+
+// deliver writes what was built into the caller's own files.
+func deliver(ctx context.Context, sys *imagegen.System, outputs map[string]*os.File) error {
+	menuText, err := menu(sys, "")
+	if err != nil {
+		return err
+	}
+	manifest, err := sys.Manifest.JSON()
+	if err != nil {
+		return err
+	}
+	for name, f := range outputs {
+		var from io.Reader
+		switch name {
+		case api.FileMenu:
+			from = strings.NewReader(string(menuText))
+		case api.FileManifest:
+			from = strings.NewReader(string(manifest))
+		default:
+			path := sys.Kernel.Path
+			if name == api.FileInitramfs {
+				path = sys.Initramfs.Path
+			}
+			cached, err := os.Open(path)
+			if err != nil {
+				return fmt.Errorf("deliver %s: %w", name, err)
+			}
+			defer cached.Close()
+			from = cached
+		}
+		if err := overwrite(ctx, f, from); err != nil {
+			return fmt.Errorf("deliver %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// overwrite makes f hold just what from gives.
+func overwrite(ctx context.Context, f *os.File, from io.Reader) error {
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	if _, err := io.Copy(io.NewOffsetWriter(f, 0), readerFunc(func(p []byte) (int, error) {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		return from.Read(p)
+	})); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+func wantRegular(f *os.File) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() {
+		return errors.New("the descriptor is not a regular file's")
+	}
+	return nil
+}
+
+// destination is where an image goes.
+type destination struct {
+	target     *api.Target
+	size       int64 // bytes of the image; 0: the least that fits
+	sectorSize int
+	open       func(*media.Image) (media.Disk, error)
+	reopen     func(context.Context) (*os.File, error) // for reading, after the write
+}
+
+func (s *Server) write(c *call) ([]any, error) {
+	o := c.options()
+	recipe := s.recipeOf(o)
+	bootTest := o.boolean(api.OptBootTest, true)
+	if err := o.end(); err != nil {
+		return nil, err
+	}
+	dev, disk, err := s.openDevice(c)
+	if err != nil {
+		closeAll(o.files)
+		return nil, err
+	}
+	to := destination{
+		target:     deviceTarget(dev),
+		size:       dev.Size,
+		sectorSize: dev.LogicalBlockSize,
+		open:       func(*media.Image) (media.Disk, error) { return disk, nil },
+		reopen: func(ctx context.Context) (*os.File, error) {
+			f, _, err := s.devices.system.OpenRead(ctx, dev.Name)
+			return f, err
+		},
+	}
+	ret, err := s.start(c, api.KindWrite, phasesOfWrite(bootTest), o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+		// Held to the end, so that nothing mounts or writes the stick
+		// before it is proven.
+		defer disk.Close()
+		return s.runWrite(ctx, j, recipe, to, bootTest)
+	})
+	if err != nil {
+		disk.Close()
+	}
+	return ret, err
+}
+
+func (s *Server) openDevice(c *call) (blockdev.Device, *blockdev.Disk, error) {
+	dev, err := s.lookUp(c.ctx, c.args[0].(dbus.ObjectPath))
+	if err != nil {
+		return dev, nil, err
+	}
+	disk, err := s.devices.system.Open(c.ctx, dev.Name, c.args[1].(string))
+	return dev, disk, err
+}
+
+func deviceTarget(d blockdev.Device) *api.Target {
+	return &api.Target{Kind: "device", Name: d.Name, Model: strings.TrimSpace(d.Vendor + " " + d.Model), Serial: d.Serial, Transport: d.Transport,
+		Size: d.Size, SectorSize: d.LogicalBlockSize}
+}
+
+func phasesOfWrite(bootTest bool) []jobs.Phase {
+	if bootTest {
+		return slices.Concat(writePhases, bootPhases)
+	}
+	return writePhases
+}
+
+func (s *Server) writeFile(c *call) ([]any, error) {
+	o := c.options()
+	recipe := s.recipeOf(o)
+	bootTest := o.boolean(api.OptBootTest, true)
+	size := get[uint64](o, api.OptSize)
+	if size > 1<<46 {
+		o.fail("option %q is %d bytes; 64 TiB are the most", api.OptSize, size)
+	}
+	f := o.argument()
+	if f != nil {
+		if err := wantRegular(f); err != nil {
+			o.fail("%v", err)
+		}
+	}
+	if err := o.end(); err != nil {
+		return nil, err
+	}
+	to := destination{
+		target:     &api.Target{Kind: "file", SectorSize: 512},
+		size:       int64(size),
+		sectorSize: 512,
+		open:       func(im *media.Image) (media.Disk, error) { return media.NewFileDisk(f, im) },
+		reopen:     func(context.Context) (*os.File, error) { return readOnly(f) },
+	}
+	return s.start(c, api.KindWrite, phasesOfWrite(bootTest), o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+		return s.runWrite(ctx, j, recipe, to, bootTest)
+	})
+}
+
+// readOnly opens the file behind f once more, for reading only.
+func readOnly(f *os.File) (*os.File, error) {
+	r, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	if err != nil {
+		return nil, fmt.Errorf("reopen for reading: %w", err)
+	}
+	return r, nil
+}
+
+// runWrite is the main job: generate, compose, write, read back, boot.
+func (s *Server) runWrite(ctx context.Context, j *jobs.Job, recipe imagegen.Recipe, to destination, bootTest bool) (*api.Report, error) {
+	report := &api.Report{Kind: api.KindWrite, Target: to.target}
+	sys, err := s.generate(ctx, tell(j), recipe)
+	if err != nil {
+		return report, err
+	}
+	report.System, report.Warnings = reportSystem(sys), sys.Warnings
+
+	j.Begin(phaseImage)
+	modified := recipe.Epoch
+	if modified.IsZero() {
+		modified = time.Now()
+	}
+	composed, err := compose(ctx, sys, to.size, to.sectorSize, modified)
+	if err != nil {
+		return report, err
+	}
+	defer composed.Close()
+	report.Image = reportImage(composed.image, composed.volume)
+	to.target.Size = composed.image.Size
+	if report.Image.SHA256Planned, err = composed.image.Digest(ctx); err != nil {
+		return report, err
+	}
+
+	disk, err := to.open(composed.image)
+	if err != nil {
+		return report, err
+	}
+	result, err := media.Write(ctx, disk, composed.image, tell(j))
+	report.Image.SHA256Written, report.Image.SHA256Read = result.DigestWritten, result.DigestRead
+	if err != nil {
+		return report, err
+	}
+	if result.DigestWritten != report.Image.SHA256Planned || result.DigestRead != report.Image.SHA256Planned {
+		return report, &api.Error{Name: api.ErrVerification, Message: "what was written is not what was planned; the machine's memory or the cache's disk may be faulty"}
+	}
+	report.Written = true
+	if !bootTest {
+		report.Verified = true
+		report.Warnings = append(report.Warnings, "not booted in a virtual machine, as was asked for")
+		return report, nil
+	}
+	f, err := to.reopen(ctx)
+	if err != nil {
+		return report, err
+	}
+	defer f.Close()
+	return report, s.prove(ctx, j, report, f, sys.ID)
+}
+
+// prove boots the disk f under each firmware and adds the verdicts to the
+// report. The error says that not all of them booted.
+func (s *Server) prove(ctx context.Context, j *jobs.Job, report *api.Report, f *os.File, id string) error {
+	dir := s.stateDir("reports", j.ID())
+	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // whoever started the job may look at the console
+		return fmt.Errorf("keep the console: %w", err)
+	}
+	var failed []string
+	for _, fw := range firmwares {
+		j.Begin(bootPhase(fw))
+		m := testvm.Machine{Firmware: fw, Disk: f, DiskSize: report.Target.Size, SectorSize: report.Target.SectorSize, Bus: testvm.USB,
+			MemoryMiB: s.config.Memory, Dir: dir}
+		v, err := s.boot(ctx, m, id)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			v.Reason = err.Error()
+		}
+		report.Boots = append(report.Boots, api.Boot{Firmware: string(fw), OK: v.OK, Skipped: v.Skipped, Reason: v.Reason,
+			GRUB: v.ToGRUB, Kernel: v.ToKernel, Ready: v.ToReady, RAM: v.RAMMiB, Shell: v.Shell, Accel: v.Accelerator, QEMU: v.QEMUVersion,
+			ConsoleLog: v.ConsoleLog, Screenshot: v.Screenshot})
+		if v.OK && !v.Shell {
+			report.Warnings = append(report.Warnings, strings.ToUpper(string(fw))+": the shell on the serial console did not answer")
+		}
+		if !v.OK && !v.Skipped {
+			failed = append(failed, strings.ToUpper(string(fw))+": "+v.Reason)
+		}
+	}
+	if len(failed) > 0 {
+		what := "it is not proven that it boots"
+		if report.Written {
+			what = "written and read back, but " + what
+		}
+		return &api.Error{Name: api.ErrVerification, Message: what + ": " + strings.Join(failed, "; ")}
+	}
+	report.Verified = true
+	return nil
+}
+
+// boot proves one machine, when there is room for one more.
+func (s *Server) boot(ctx context.Context, m testvm.Machine, id string) (testvm.Verdict, error) {
+	select {
+	case s.guests <- struct{}{}:
+		defer func() { <-s.guests }()
+	case <-ctx.Done():
+		return testvm.Verdict{}, ctx.Err()
+	}
+	return testvm.Prove(ctx, m, id, nil)
+}
