@@ -238,8 +238,9 @@ func makeVolume(tree, to string) error {
 	if err := out.Truncate(size); err != nil {
 		return err
 	}
+	buf := make([]byte, 1<<20)
 	for _, e := range extents {
-		if _, err := io.Copy(io.NewOffsetWriter(out, e.Offset), io.NewSectionReader(e.Content, 0, e.Length)); err != nil {
+		if _, err := io.CopyBuffer(io.NewOffsetWriter(out, e.Offset), io.NewSectionReader(e.Content, 0, e.Length), buf); err != nil {
 			return err
 		}
 	}
