@@ -15,7 +15,7 @@ SUDO = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=HTTP_PROXY,HTTPS_PRO
 # What memlinux needs to run.
 RUN_PACKAGES = busybox-static dbus-daemon grub-common grub-efi-amd64-bin grub-pc-bin ovmf qemu-system-x86 util-linux
 # What the tests and benchmarks hold it against.
-TEST_PACKAGES = cpio dosfstools e2fsprogs fdisk file gdisk git libglib2.0-bin mount mtools shellcheck systemd xorriso zstd
+TEST_PACKAGES = bzip2 cpio dosfstools e2fsprogs fdisk file gdisk git libglib2.0-bin mount mtools shellcheck systemd xorriso zstd
 
 prefix ?= /usr
 bindir ?= $(prefix)/bin

@@ -1,0 +1,240 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/memlinux/memlinux/testvm/need"
+)
+
+// One image, looked at by other people's tools, by memlinux, damaged, and run.
+func TestStick(t *testing.T) {
+	w := newWorld(t)
+	img := w.path("stick.img")
+	w.run("write", "--no-boot-test", img).wants(t, 0)
+	w.holds("stick.img")
+	before := digest(t, img)
+
+	t.Run("others read it", func(t *testing.T) {
+		if out := sh(t, need.Tool(t, "sgdisk", "gdisk"), "-v", img); !strings.Contains(out, "No problems found") {
+			t.Error(out)
+		}
+		menu := sh(t, need.Tool(t, "mtype", "mtools"), "-i", img+"@@1M", "::/boot/grub/menu.lst")
+		if !strings.Contains(menu, "kernel /boot/vmlinuz ") || !strings.Contains(menu, "uuid "+volumeID(t, img)) {
+			t.Error(menu)
+		}
+		info, err := os.Stat(img)
+		if err != nil {
+			t.Fatal(err)
+		}
+		volume := w.path("state/volume")
+		sh(t, "dd", "if="+img, "of="+volume, "bs=1M", "skip=1", fmt.Sprint("count=", info.Size()>>20-2), "status=none")
+		sh(t, need.Tool(t, "fsck.vfat", "dosfstools"), "-n", volume)
+	})
+	t.Run("verify", func(t *testing.T) {
+		w.run("verify", "--no-boot-test", img).wants(t, 0)
+	})
+	initramfs := w.path("state/initramfs")
+	sh(t, need.Tool(t, "mcopy", "mtools"), "-n", "-i", img+"@@1M", "::/boot/initramfs.img", initramfs)
+	packed, err := os.ReadFile(initramfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name, find, says string
+	}{
+		{"a flipped bit in the initramfs", string(packed[:512]), "boot/initramfs.img is not what was written"},
+		{"another command line in the menu", "console=ttyS0,115200 console=tty0 memlinux.build", "menu.lst has the command line"},
+		{"a broken partition table", "EFI PART\x00\x00\x01\x00", "partition table"},
+	} {
+		t.Run("verify: "+c.name, func(t *testing.T) {
+			b, err := os.ReadFile(img)
+			if err != nil {
+				t.Fatal(err)
+			}
+			i := bytes.Index(b, []byte(c.find))
+			if i < 0 {
+				t.Fatalf("no %q in the image", c.find)
+			}
+			b[i+len(c.find)-1] ^= 1
+			damaged := w.path("state/damaged.img")
+			if err := os.WriteFile(damaged, b, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			w.run("verify", "--no-boot-test", damaged).wants(t, 5, c.says)
+		})
+	}
+	t.Run("verify: not a stick", func(t *testing.T) {
+		empty := w.path("state/empty.img")
+		if err := os.WriteFile(empty, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(empty, 64<<20); err != nil {
+			t.Fatal(err)
+		}
+		w.run("verify", "--no-boot-test", empty).wants(t, 5)
+		w.run("verify", w.path("none.img")).wants(t, 1, "none.img")
+	})
+	t.Run("each stick has a volume ID of its own", func(t *testing.T) {
+		w.run("write", "--no-boot-test", "--force", w.path("state/second.img")).wants(t, 0)
+		if a, b := volumeID(t, img), volumeID(t, w.path("state/second.img")); a == b {
+			t.Errorf("both have %s", a)
+		}
+	})
+	t.Run("--force replaces a file", func(t *testing.T) {
+		f := w.file("state/old.img", "old")
+		w.run("write", "--no-boot-test", "--force", "--size", "64MiB", f).wants(t, 0)
+		if info, err := os.Stat(f); err != nil || info.Size() != 64<<20 {
+			t.Errorf("%v, %v", info.Size(), err)
+		}
+	})
+
+	t.Run("vm", func(t *testing.T) {
+		c := w.console(t, "vm", img)
+		c.expect("memlinux: ready build=")
+		c.expect("memlinux:~# ")
+		c.typed("echo sum $((6*7))\r")
+		c.expect("\nsum 42")
+		c.typed("poweroff\r")
+		c.ends(0)
+	})
+	t.Run("vm: Ctrl-A X leaves", func(t *testing.T) {
+		c := w.console(t, "vm", img)
+		c.expect("Booting")
+		c.typed("\x01x")
+		c.ends(0)
+	})
+	t.Run("vm: a folder as a disc, read by GRUB under UEFI", func(t *testing.T) {
+		data := w.path("state/payload")
+		if err := os.MkdirAll(filepath.Join(data, "folder"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		w.file("state/payload/folder/hello.txt", "greetings from the disc\n")
+		c := w.console(t, "vm", "--firmware", "uefi", "--data", data, img)
+		c.expect("memlinux, Linux")
+		c.typed("c")
+		c.expect("grub>")
+		// One by one: OVMF and GRUB both read the serial line, and what
+		// comes at once reaches the prompt out of order.
+		for _, key := range "cat (cd0)/folder/hello.txt\r" {
+			c.typed(string(key))
+			time.Sleep(300 * time.Millisecond)
+		}
+		// GRUB says it on both of its consoles, which are one line here.
+		c.expect("ggrreeeettiinnggss  ffrroomm  tthhee  ddiisscc")
+		c.typed("\x01x")
+		c.ends(0)
+	})
+	t.Run("vm: a kernel directly", func(t *testing.T) {
+		out := w.path("state/out")
+		w.run("build", "-o", out).wants(t, 0)
+		c := w.console(t, "vm", "--kernel", filepath.Join(out, "vmlinuz"), "--initrd", filepath.Join(out, "initramfs.img"), "--append", "console=ttyS0 memlinux.build=mine")
+		c.expect("memlinux: ready build=mine")
+		c.expect("memlinux:~# ")
+		c.typed("poweroff\r")
+		c.ends(0)
+	})
+	t.Run("vm: a name that a disc can't hold", func(t *testing.T) {
+		data := w.path("state/bad")
+		if err := os.MkdirAll(data, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		w.file("state/bad/Upper Case", "x")
+		w.run("vm", "--data", data, img).wants(t, 1, "Upper Case")
+	})
+	if digest(t, img) != before {
+		t.Error("looking at the image and running it changed it")
+	}
+}
+
+func volumeID(t *testing.T, img string) string {
+	t.Helper()
+	out := sh(t, "mdir", "-i", img+"@@1M", "::/")
+	_, rest, _ := strings.Cut(out, "Serial Number is ")
+	id, _, _ := strings.Cut(rest, "\n")
+	return strings.TrimSpace(id)
+}
+
+// console is a running memlinux vm.
+type console struct {
+	t    *testing.T
+	cmd  *exec.Cmd
+	keys io.WriteCloser
+
+	mu   sync.Mutex
+	text bytes.Buffer
+	seen int // what was expected lies before
+}
+
+func (w *world) console(t *testing.T, args ...string) *console {
+	t.Helper()
+	c := &console{t: t, cmd: w.command(args...)}
+	keys, err := c.cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.keys = keys
+	c.cmd.Stdout = c
+	c.cmd.Stderr = c
+	if err := c.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if c.cmd.ProcessState == nil {
+			c.cmd.Process.Kill()
+			c.cmd.Wait()
+		}
+	})
+	return c
+}
+
+func (c *console) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.text.Write(p)
+}
+
+// expect waits until the machine says the text, behind what was seen before.
+func (c *console) expect(text string) {
+	c.t.Helper()
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		c.mu.Lock()
+		all := c.text.Bytes()
+		i := bytes.Index(all[c.seen:], []byte(text))
+		if i >= 0 {
+			c.seen += i + len(text)
+			c.mu.Unlock()
+			return
+		}
+		last := string(all[max(len(all)-800, 0):])
+		c.mu.Unlock()
+		if time.Now().After(deadline) {
+			c.t.Fatalf("it never said %q; last: %q", text, last)
+		}
+	}
+}
+
+func (c *console) typed(keys string) {
+	c.t.Helper()
+	if _, err := io.WriteString(c.keys, keys); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *console) ends(code int) {
+	c.t.Helper()
+	stuck := time.AfterFunc(time.Minute, func() { c.cmd.Process.Kill() })
+	defer stuck.Stop()
+	c.cmd.Wait()
+	if got := c.cmd.ProcessState.ExitCode(); got != code {
+		c.t.Errorf("exit %d, want %d: %s", got, code, c.text.String()[max(c.text.Len()-400, 0):])
+	}
+}
