@@ -298,3 +298,57 @@ func TestOnlyOneOnABus(t *testing.T) {
 		t.Errorf("the second one: %v", err)
 	}
 }
+
+// A disk that comes and goes is told on the bus without anybody asking.
+func TestDisksComeAndGo(t *testing.T) {
+	need.Root(t)
+	losetup := need.Tool(t, "losetup", "mount")
+	conn := dial(t, openBus(t))
+	signals := make(chan *dbus.Signal, 64)
+	conn.Signal(signals)
+	if err := conn.AddMatchSignal(dbus.WithMatchSender(api.BusName), dbus.WithMatchInterface(api.ObjectManagerInterface)); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(losetup, "--find", "--show", file).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev := strings.TrimSpace(string(out))
+	detached := false
+	detach := func() {
+		if !detached {
+			detached = true
+			if out, err := exec.Command(losetup, "--detach", dev).CombinedOutput(); err != nil {
+				t.Errorf("losetup --detach: %v: %s", err, out)
+			}
+		}
+	}
+	defer detach()
+	path := api.DevicePath(filepath.Base(dev))
+	await := func(member string) *dbus.Signal {
+		t.Helper()
+		timeout := time.After(20 * time.Second)
+		for {
+			select {
+			case s := <-signals:
+				if s.Name == api.ObjectManagerInterface+"."+member && s.Body[0] == path {
+					return s
+				}
+			case <-timeout:
+				t.Fatalf("no %s for %s", member, path)
+			}
+		}
+	}
+	added := await("InterfacesAdded")
+	props := added.Body[1].(map[string]map[string]dbus.Variant)[api.DeviceInterface]
+	d, err := api.DeviceFrom(props)
+	if err != nil || d.Path != dev || d.Size != 1<<20 || d.Transport != "loop" {
+		t.Errorf("added as %+v, %v", d, err)
+	}
+	detach()
+	await("InterfacesRemoved")
+}

@@ -67,6 +67,10 @@ func (s *Server) startVM(c *call) ([]any, error) {
 		return nil, err
 	}
 	if disk != nil {
+		if m.Kernel == nil && m.Firmware == testvm.BIOS && disk.sectorSize != 512 {
+			closeAll(append(files, disk.file))
+			return nil, invalidOption("a PC BIOS can't boot a disk with %d-byte sectors: ask for the firmware uefi", disk.sectorSize)
+		}
 		m.Disk, m.DiskSize, m.SectorSize = disk.file, disk.size, disk.sectorSize
 		files = append(files, disk.file)
 	}

@@ -36,7 +36,6 @@ func TestExitCodes(t *testing.T) {
 		{"not proven", fmt.Errorf("x: %w", named(api.ErrVerification)), 5},
 		{"cancelled job", named(api.ErrCancelled), 130},
 		{"Ctrl-C at the prompt", context.Canceled, 130},
-		{"reported already", reported{named(api.ErrVerification)}, 5},
 	} {
 		if got := exitCode(c.err); got != c.want {
 			t.Errorf("%s: %d, want %d", c.name, got, c.want)

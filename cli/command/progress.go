@@ -1,6 +1,7 @@
 package command
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -25,11 +26,14 @@ type view interface {
 
 // newView picks the view for the output: JSON objects, bars on a terminal,
 // lines elsewhere.
-func newView(out *os.File, asJSON bool) view {
+func newView(ctx context.Context, out *os.File, asJSON bool) view {
 	switch {
 	case asJSON:
 		return &jsonView{out: json.NewEncoder(out)}
 	case term.IsTerminal(int(out.Fd())) && os.Getenv("TERM") != "dumb":
+		// The terminal has echoed ^C, and the bars are drawn from the column
+		// that the cursor is in.
+		context.AfterFunc(ctx, func() { fmt.Fprint(out, "\r") })
 		return &barView{bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(64), mpb.WithRefreshRate(100*time.Millisecond))}
 	}
 	return &lineView{out: out}

@@ -75,21 +75,13 @@ func run(c *cobra.Command) int {
 	if err == nil {
 		return exitDone
 	}
-	var done reported
-	if !errors.As(err, &done) {
-		fmt.Fprintf(os.Stderr, "memlinux: %v\n", err)
-		var usage usageError
-		if errors.As(err, &usage) {
-			fmt.Fprintf(os.Stderr, "Try '%s --help'.\n", executed.CommandPath())
-		}
+	fmt.Fprintf(os.Stderr, "memlinux: %v\n", err)
+	var usage usageError
+	if errors.As(err, &usage) {
+		fmt.Fprintf(os.Stderr, "Try '%s --help'.\n", executed.CommandPath())
 	}
 	return exitCode(err)
 }
-
-// reported is an error that the final JSON object has told already.
-type reported struct{ error }
-
-func (r reported) Unwrap() error { return r.error }
 
 // args makes cobra's complaints about arguments usage errors.
 func args(check cobra.PositionalArgs) cobra.PositionalArgs {
@@ -107,15 +99,9 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 func (g *global) job(ctx context.Context, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(api.Job) (string, error)) error {
 	job, output, err := g.follow(ctx, start, finish)
 	if g.json {
-		if jsonErr := printJSONReport(os.Stdout, job, output, err); jsonErr != nil {
-			return errors.Join(err, jsonErr)
-		}
-		if err != nil {
-			return reported{err}
-		}
-		return nil
+		return errors.Join(err, printJSONReport(os.Stdout, job, output, err))
 	}
-	if job.Report != nil {
+	if job.Report != nil && job.State != api.StateCancelled {
 		printReport(os.Stdout, job.Report, output)
 	}
 	return err
@@ -131,7 +117,7 @@ func (g *global) follow(ctx context.Context, start func(context.Context, *client
 	if err != nil {
 		return job, "", err
 	}
-	v := newView(os.Stdout, g.json)
+	v := newView(ctx, os.Stdout, g.json)
 	job, err = c.Follow(ctx, path, v.update)
 	v.end(err == nil && (job.State == api.StateSucceeded || job.Error == api.ErrVerification))
 	if err == nil && job.State != api.StateSucceeded {
