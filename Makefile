@@ -9,6 +9,9 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 GO ?= $(or $(shell command -v go),/usr/local/go/bin/go)
 GOLANGCI_LINT_VERSION = v2.15.0
 LDFLAGS = -s -w -X github.com/memlinux/memlinux/cli/command.Version=$(VERSION) -X main.version=$(VERSION)
+# With sudo, git refuses to look into another user's clone, and go build would
+# fail for that.
+export GOFLAGS := $(GOFLAGS) -buildvcs=false
 # sudo drops the environment; what go and the tests need of it goes along.
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=HTTP_PROXY,HTTPS_PROXY,NO_PROXY,GOPROXY,GOFLAGS,SOURCE_DATE_EPOCH,MEMLINUX_TEST_CACHE)
 

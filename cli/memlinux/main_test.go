@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 		bin = dir
-		build := exec.Command("go", "build", "-o", dir+"/", "../memlinux", "../memlinux-write", "../../daemon/memlinuxd")
+		build := exec.Command("go", "build", "-buildvcs=false", "-o", dir+"/", "../memlinux", "../memlinux-write", "../../daemon/memlinuxd")
 		build.Stdout, build.Stderr = os.Stdout, os.Stderr
 		if err := build.Run(); err != nil {
 			panic(err)

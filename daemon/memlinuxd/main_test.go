@@ -21,7 +21,7 @@ func startDaemon(t *testing.T) (address string, cmd *exec.Cmd) {
 	need.Root(t)
 	need.Tool(t, "dbus-daemon", "dbus-daemon")
 	program := filepath.Join(t.TempDir(), "memlinuxd")
-	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", program, ".").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v: %s", err, out)
 	}
 	cmd = exec.Command(program, "--private")
