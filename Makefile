@@ -5,7 +5,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
-VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+VERSION ?= $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo devel)
 GO ?= $(or $(shell command -v go),/usr/local/go/bin/go)
 GOLANGCI_LINT_VERSION = v2.15.0
 LDFLAGS = -s -w -X github.com/memlinux/memlinux/cli/command.Version=$(VERSION) -X main.version=$(VERSION)
