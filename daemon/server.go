@@ -16,6 +16,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/busguard"
 	"github.com/memlinux/memlinux/daemon/config"
 	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/media/blockdev"
@@ -86,17 +87,23 @@ func Serve(ctx context.Context, address string, c config.Config, version string,
 }
 
 func (s *Server) connect(address string) (*dbus.Conn, error) {
-	var conn *dbus.Conn
-	var err error
 	if address == "" {
-		conn, err = dbus.ConnectSystemBus(dbus.WithHandler(s))
-	} else {
-		conn, err = dbus.Connect(address, dbus.WithHandler(s))
+		address = systemBus()
 	}
+	conn, err := busguard.Dial(address, dbus.WithHandler(s))
 	if err != nil {
 		return nil, fmt.Errorf("connect to the bus: %w", err)
 	}
 	return conn, nil
+}
+
+// systemBus is the address of the system bus (D-Bus specification, "Well-known
+// Message Bus Instances").
+func systemBus() string {
+	if address := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); address != "" {
+		return address
+	}
+	return "unix:path=/var/run/dbus/system_bus_socket"
 }
 
 // Actions: what a method does, as far as it matters for who may call it. Each

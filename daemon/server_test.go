@@ -352,3 +352,31 @@ func TestDisksComeAndGo(t *testing.T) {
 	detach()
 	await("InterfacesRemoved")
 }
+
+// Messages that godbus would panic on end nothing.
+func TestHostileDescriptorsAreHarmless(t *testing.T) {
+	need.Root(t)
+	conn := dial(t, openBus(t))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	fd := dbus.UnixFD(w.Fd())
+	for name, args := range map[string][]any{
+		"ah":                 {[]dbus.UnixFD{fd, fd}},
+		"a{sh}":              {map[string]dbus.UnixFD{"a": fd}},
+		"a{sh} in an option": {map[string]dbus.Variant{api.OptFiles: dbus.MakeVariant(map[string]dbus.UnixFD{"a": fd})}},
+		"many":               {[]dbus.UnixFD{fd, fd, fd, fd, fd, fd, fd, fd}, "x"},
+	} {
+		err := invoke(conn, api.ManagerPath, api.ManagerInterface+".Build", args...).Err
+		if got := api.ErrorName(err); got != "org.freedesktop.DBus.Error.InvalidArgs" {
+			t.Errorf("%s: %s: %v", name, got, err)
+		}
+	}
+	var paths []dbus.ObjectPath
+	if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".Devices", map[string]dbus.Variant{}).Store(&paths); err != nil {
+		t.Errorf("after that: %v", err)
+	}
+}

@@ -93,6 +93,14 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
+// oneTarget wants one DEVICE or FILE.
+func oneTarget(_ *cobra.Command, a []string) error {
+	if len(a) != 1 {
+		return usagef("give one DEVICE or FILE, not %d", len(a))
+	}
+	return nil
+}
+
 // job starts a job by start, follows it to its end and reports it. finish is
 // called with the ended job before its report is printed, to keep or drop what
 // the job made; it returns what was kept.

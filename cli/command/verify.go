@@ -21,7 +21,7 @@ image that memlinux wrote, compares them with its manifest, and boots it under
 BIOS and UEFI firmware. Nothing is written to it.`,
 		Example: `  sudo memlinux verify /dev/sdb
   sudo memlinux verify --no-boot-test stick.img`,
-		Args: args(cobra.ExactArgs(1)),
+		Args: oneTarget,
 		RunE: func(c *cobra.Command, a []string) error {
 			o := &opened{options: api.Properties{}}
 			defer o.close()

@@ -46,7 +46,7 @@ back what was written, and boots the result in a virtual machine under BIOS and
 UEFI firmware. All that the disk holds is lost. The disk of the running system,
 and whatever is mounted or in use, is refused.`,
 		Example: writeExamples("memlinux write"),
-		Args:    args(cobra.ExactArgs(1)),
+		Args:    oneTarget,
 		RunE:    func(c *cobra.Command, a []string) error { return g.write(c.Context(), &w, a[0]) },
 	}
 	w.flags(c)
