@@ -345,39 +345,6 @@ func (w *writer) mismatch(c chunk) error {
 	return &MismatchError{Offset: offset}
 }
 
-// ReadBack compares what d holds with im and returns the digest of what it
-// read, which is im's. It never writes. A difference is a *MismatchError.
-func ReadBack(ctx context.Context, d io.ReaderAt, im *Image, progress Progress) (digest string, err error) {
-	if err := im.Validate(); err != nil {
-		return "", err
-	}
-	h := newDigest(im)
-	want := make([]byte, chunkSize)
-	var done int64
-	total := im.DataBytes()
-	err = stream(ctx, im.Extents, 0,
-		func(c chunk) error { return readDisk(d, c.data, c.offset) },
-		func(c chunk) error {
-			e, p := im.Extents[c.extent], want[:len(c.data)]
-			if err := e.read(p, c.offset-e.Offset); err != nil {
-				return err
-			}
-			if i := firstDifference(c.data, p); i >= 0 {
-				return &MismatchError{Offset: c.offset + int64(i)}
-			}
-			h.Write(c.data)
-			done += int64(len(c.data))
-			if progress != nil {
-				progress(PhaseReadBack, done, total)
-			}
-			return nil
-		})
-	if err != nil {
-		return "", fmt.Errorf("read back: %w", err)
-	}
-	return sum(h), nil
-}
-
 // chunk is a piece of an extent on its way.
 type chunk struct {
 	number int // counted from 0 over all chunks of a stream

@@ -144,16 +144,6 @@ func (c *Client) gone() error {
 	return &api.Error{Name: api.ErrFailed, Message: msg}
 }
 
-// Version is the daemon's.
-func (c *Client) Version(ctx context.Context) (string, error) {
-	var v dbus.Variant
-	if err := c.call(ctx, api.ManagerPath, api.PropertiesInterface+".Get", []any{api.ManagerInterface, "Version"}, &v); err != nil {
-		return "", err
-	}
-	s, _ := v.Value().(string)
-	return s, nil
-}
-
 // objects reads all objects that have the interface iface.
 func (c *Client) objects(ctx context.Context, iface string) ([]api.Properties, error) {
 	var all map[dbus.ObjectPath]map[string]api.Properties
