@@ -331,6 +331,11 @@ func (j *Job) Begin(phase string) {
 	j.state.Phase, j.state.Bytes, j.state.Total, j.state.Rate = phase, 0, 0, 0
 	j.meter = meter{}
 	j.state.Progress = max(j.state.Progress, j.before(phase))
+	// So that after a crash it is known where. What can't be stored does not
+	// stop the work.
+	if err := j.registry.save(stored{Job: j.state, Instance: j.registry.instance}); err != nil {
+		fmt.Fprintf(os.Stderr, "memlinuxd: job %s: %v\n", j.state.ID, err)
+	}
 	j.tell(true)
 }
 

@@ -132,6 +132,7 @@ func TestCrashIsPublishedAsFailed(t *testing.T) {
 	started := make(chan struct{})
 	j, err := dead.Start(api.KindWrite, 0, twoPhases, func(ctx context.Context, j *Job) (*api.Report, error) {
 		j.Begin("write")
+		j.Begin("read back")
 		close(started)
 		<-ctx.Done()
 		return nil, ctx.Err()
@@ -157,7 +158,7 @@ func TestCrashIsPublishedAsFailed(t *testing.T) {
 	if !ok {
 		t.Fatal("the interrupted job is not published")
 	}
-	if s := found.Snapshot(); s.State != api.StateFailed || !strings.Contains(s.Message, "interrupted") {
+	if s := found.Snapshot(); s.State != api.StateFailed || !strings.Contains(s.Message, "interrupted") || !strings.Contains(s.Message, "read back") {
 		t.Errorf("published as %+v", s)
 	}
 	if err := found.Cancel(context.Background()); err != nil {

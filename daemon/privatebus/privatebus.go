@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -54,7 +55,8 @@ func Start(ctx context.Context) (*Bus, error) {
 	if err != nil {
 		return nil, errors.New("dbus-daemon is not installed; apt-get install dbus-daemon")
 	}
-	dir, err := os.MkdirTemp("", "memlinux-bus-")
+	removeStale()
+	dir, err := os.MkdirTemp("", prefix)
 	if err != nil {
 		return nil, fmt.Errorf("private bus: %w", err)
 	}
@@ -64,6 +66,30 @@ func Start(ctx context.Context) (*Bus, error) {
 		return nil, fmt.Errorf("private bus: %w", err)
 	}
 	return b, nil
+}
+
+// prefix begins the names of the buses' folders.
+const prefix = "memlinux-bus-"
+
+// removeStale removes what buses left behind whose memlinuxd was killed: folders
+// of ours with a socket that nobody listens on.
+func removeStale() {
+	folders, _ := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*")) // the pattern is right
+	for _, dir := range folders {
+		info, err := os.Lstat(dir)
+		if err != nil || !info.IsDir() {
+			continue
+		}
+		if stat, ok := info.Sys().(*syscall.Stat_t); !ok || int(stat.Uid) != os.Geteuid() {
+			continue
+		}
+		conn, err := net.Dial("unix", filepath.Join(dir, "bus"))
+		if err == nil {
+			conn.Close()
+		} else if errors.Is(err, syscall.ECONNREFUSED) {
+			_ = os.RemoveAll(dir) // the next start tries again
+		}
+	}
 }
 
 func (b *Bus) start(ctx context.Context, program string) error {
