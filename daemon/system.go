@@ -37,6 +37,7 @@ const menuTimeout = "3"
 func (s *Server) recipeOf(o *options) imagegen.Recipe {
 	r := imagegen.Recipe{
 		Busybox:     o.file(api.OptBusybox),
+		Modules:     get[[]string](o, api.OptModules),
 		Compression: o.oneOf(api.OptCompression, "auto", "zstd", "gzip", "none"),
 		Append:      get[string](o, api.OptAppend),
 		Epoch:       o.epoch(),

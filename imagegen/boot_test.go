@@ -268,7 +268,7 @@ func rootDisk(t *testing.T, extra ...string) string {
 	script := `#!/bin/busybox sh
 b=/bin/busybox
 echo "the real init is $$ with $*"
-$b grep -q '^/dev/nvme0n1 / ext4 ro' /proc/mounts && echo root is read-only
+$b grep -q '^/dev/[a-z0-9]* / ext4 ro' /proc/mounts && echo root is read-only
 for d in dev proc sys run; do $b grep -q " /$d " /proc/mounts && echo "has /$d"; done
 read -r level rest </proc/sys/kernel/printk
 echo "level $level"
@@ -339,6 +339,74 @@ func TestBootSaysWhyRootFails(t *testing.T) {
 			m.expectEnd()
 			if strings.Contains(m.text(), "memlinux: ready") {
 				t.Error("the ready line came though root= failed")
+			}
+		})
+	}
+}
+
+// modularSystem is a system of Debian's generic kernel, which has nearly all of
+// its drivers as modules.
+func modularSystem(t *testing.T, modules ...string) *System {
+	t.Helper()
+	if !need.All() {
+		t.Skip("skipped: the test needs Debian's linux-image-amd64, which is large; run make test")
+	}
+	need.Tool(t, "apt-get", "apt")
+	s, err := Generator{CacheDir: need.Cache(t)}.Build(t.Context(), Recipe{Kernel: KernelSource{Debian: "linux-image-amd64"}, Modules: modules}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(s.Warnings) > 0 {
+		t.Errorf("warnings: %q", s.Warnings)
+	}
+	return s
+}
+
+// Drivers must come by themselves for what is there at boot, for what is plugged
+// in later, and for what is asked for by name: file systems and loop devices.
+func TestBootLoadsModules(t *testing.T) {
+	s := modularSystem(t, "all")
+	vfat := filepath.Join(t.TempDir(), "vfat.img")
+	if out, err := exec.Command(need.Tool(t, "mkfs.vfat", "dosfstools"), "-C", vfat, "8192").CombinedOutput(); err != nil {
+		t.Fatalf("mkfs.vfat: %v: %s", err, out)
+	}
+	disk := rootDisk(t)
+	m := boot(t, s, "", "-machine", "q35", "-m", "512", "-device", "qemu-xhci,id=xhci", "-device", "usb-kbd",
+		"-drive", "if=virtio,format=raw,snapshot=on,file="+vfat,
+		"-drive", "if=none,id=stick,format=raw,snapshot=on,file="+disk,
+		"-netdev", "user,id=a,restrict=on", "-device", "e1000e,netdev=a", "-netdev", "user,id=b,restrict=on", "-device", "virtio-net-pci,netdev=b")
+	m.expect(`memlinux:~# `)
+	m.typed(`n=0; until grep -q "USB Keyboard" /proc/bus/input/devices || [ $n = 100 ]; do sleep 0.1; n=$((n+1)); done; for m in xhci_pci usbhid hid_generic e1000e virtio_net; do grep -c "^$m " /proc/modules; done | xargs; grep -c "QEMU USB Keyboard" /proc/bus/input/devices; ls /sys/class/net | xargs`)
+	m.expect(`(?m)^1 1 1 1 1\n1\neth0 eth1 lo$`)
+	m.typed(`mkdir /mnt; mount /dev/vda /mnt && echo hello >/mnt/a && grep -c "^/dev/vda /mnt vfat " /proc/mounts; losetup -f; stat -c %a /dev/vda`)
+	m.expect(`(?m)^1\n/dev/loop0\n660$`)
+	m.execute("device_add", map[string]any{"driver": "usb-storage", "drive": "stick", "bus": "xhci.0", "serial": "late"})
+	m.typed(`n=0; until [ -b /dev/sda ] || [ $n = 200 ]; do sleep 0.1; n=$((n+1)); done; umount /mnt; mount -o ro /dev/sda /mnt; ls /mnt/bin; grep -c "^/dev/sda /mnt ext4 " /proc/mounts`)
+	m.expect(`(?m)^busybox\n1$`)
+	m.typed(`poweroff`)
+	m.expectEnd()
+}
+
+func TestBootSwitchesRootByModules(t *testing.T) {
+	s := modularSystem(t)
+	disk := rootDisk(t)
+	for _, tc := range []struct {
+		name, on string
+		device   []string
+	}{
+		{"a USB stick", "sda", []string{"-device", "qemu-xhci", "-device", "usb-storage,drive=d"}},
+		{"a USB disk with UAS", "sda", []string{"-device", "qemu-xhci", "-device", "usb-uas,id=u", "-device", "scsi-hd,bus=u.0,drive=d"}},
+		{"SATA", "sda", []string{"-device", "ich9-ahci,id=s", "-device", "ide-hd,bus=s.0,drive=d"}},
+		{"NVMe", "nvme0n1", []string{"-device", "nvme,drive=d,serial=root"}},
+		{"virtio", "vda", []string{"-device", "virtio-blk-pci,drive=d"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			args := append([]string{"-machine", "q35", "-nodefaults", "-m", "512", "-drive", "if=none,id=d,format=raw,snapshot=on,file=" + disk}, tc.device...)
+			m := boot(t, s, "root=UUID=6b0f0c1e-0d2a-4b7e-9a53-0c6a5a8f0001 "+serialLast+" single", args...)
+			m.expect(`(?m)^memlinux: starting /sbin/init on /dev/` + tc.on + `$`)
+			m.expectEnd()
+			for _, line := range []string{"the real init is 1 with single", "root is read-only", "has /dev", "has /proc", "has /sys", "has /run"} {
+				m.expect(`(?m)^` + line + `$`)
 			}
 		})
 	}

@@ -11,31 +11,41 @@ import (
 
 	"github.com/memlinux/memlinux/imagegen/debian"
 	"github.com/memlinux/memlinux/imagegen/kernel"
+	"github.com/memlinux/memlinux/imagegen/modules"
 )
 
 // fetched is the cache's record of the files taken out of a package.
 type fetched struct {
 	Package debian.Package
 	Files   map[string]string // path in the package → SHA-256 in the cache
+	Modules string            // SHA-256 of the index of its kernel modules; "" if they were not taken
+}
+
+// taken is what was taken out of a package.
+type taken struct {
+	from    debian.Package
+	files   map[string]File  // by path in the package
+	library *modules.Library // its kernel modules; nil if they were not asked for
 }
 
 // fetch brings the files of a Debian package that match one of the patterns
-// (path.Match) into the cache. Where the package depends on one that follow
+// (path.Match) into the cache, and its kernel modules if they are asked for. Where the package depends on one that follow
 // matches, that one is meant. The network is used only when the cache has not
 // the version that apt would fetch; when that fails, an older version in the
 // cache does, with a warning.
-func (b *build) fetch(ctx context.Context, phase, name string, follow *regexp.Regexp, patterns ...string) (map[string]File, debian.Package, error) {
+func (b *build) fetch(ctx context.Context, phase, name string, follow *regexp.Regexp, withModules bool, patterns ...string) (taken, error) {
 	// apt-get update in two processes at once fails in one of them.
 	unlock, err := b.store.Lock(ctx, "apt")
 	if err != nil {
-		return nil, debian.Package{}, err
+		return taken{}, err
 	}
 	defer unlock()
 
-	var old fetched
-	oldFiles, haveOld := map[string]File(nil), false
-	if b.store.Record("debian-"+name, &old) == nil {
-		oldFiles, haveOld = b.lookup(ctx, old.Files)
+	var record fetched
+	var old taken
+	haveOld := false
+	if b.store.Record("debian-"+name, &record) == nil {
+		old, haveOld = b.lookup(ctx, record, withModules)
 	}
 	p, err := b.resolve(ctx, name, follow)
 	updated := false
@@ -45,50 +55,58 @@ func (b *build) fetch(ctx context.Context, phase, name string, follow *regexp.Re
 			p, err = b.resolve(ctx, name, follow)
 		}
 	}
-	if err == nil && haveOld && old.Package.SHA256 == p.SHA256 {
-		return oldFiles, p, nil
+	if err == nil && haveOld && old.from.SHA256 == p.SHA256 {
+		return old, nil
 	}
-	var files map[string]File
 	if err == nil {
-		files, err = b.download(ctx, phase, p, patterns)
+		record, err = b.download(ctx, phase, p, withModules, patterns)
 		if err != nil && !updated && ctx.Err() == nil {
 			// Old lists name versions that the mirrors no longer have.
 			if b.g.Apt.Update(ctx) == nil {
 				if q, rerr := b.resolve(ctx, name, follow); rerr == nil && q.SHA256 != p.SHA256 {
-					p = q
-					files, err = b.download(ctx, phase, p, patterns)
+					record, err = b.download(ctx, phase, q, withModules, patterns)
 				}
 			}
 		}
 	}
 	if err != nil {
 		if haveOld && ctx.Err() == nil {
-			b.warn("Debian's %s could not be fetched (%v); the cached version %s is used", name, err, old.Package.Version)
-			return oldFiles, old.Package, nil
+			b.warn("Debian's %s could not be fetched (%v); the cached version %s is used", name, err, old.from.Version)
+			return old, nil
 		}
-		return nil, debian.Package{}, fmt.Errorf("package %s: %w", name, err)
-	}
-	record := fetched{Package: p, Files: map[string]string{}}
-	for path, f := range files {
-		record.Files[path] = f.SHA256
+		return taken{}, fmt.Errorf("package %s: %w", name, err)
 	}
 	if err := b.store.SetRecord("debian-"+name, record); err != nil {
-		return nil, debian.Package{}, err
+		return taken{}, err
 	}
-	return files, p, nil
+	got, whole := b.lookup(ctx, record, withModules)
+	if ctx.Err() != nil {
+		return taken{}, ctx.Err()
+	}
+	if !whole && len(record.Files) > 0 {
+		return taken{}, fmt.Errorf("package %s: its files went from the cache while they were used; run it again", name)
+	}
+	return got, nil
 }
 
-// lookup finds all files of a record in the cache, or none.
-func (b *build) lookup(ctx context.Context, want map[string]string) (map[string]File, bool) {
-	files := map[string]File{}
-	for path, sha := range want {
+// lookup finds all that a record has, with the modules if they are asked for,
+// in the cache, or fails.
+func (b *build) lookup(ctx context.Context, r fetched, withModules bool) (taken, bool) {
+	t := taken{from: r.Package, files: map[string]File{}}
+	for path, sha := range r.Files {
 		f, err := b.store.Lookup(ctx, sha)
 		if err != nil {
-			return nil, false
+			return taken{}, false
 		}
-		files[path] = f
+		t.files[path] = f
 	}
-	return files, len(files) > 0
+	if withModules {
+		var err error
+		if t.library, err = b.library(ctx, r.Modules); err != nil {
+			return taken{}, false
+		}
+	}
+	return t, len(t.files) > 0
 }
 
 func (b *build) resolve(ctx context.Context, name string, follow *regexp.Regexp) (debian.Package, error) {
@@ -113,50 +131,83 @@ func (b *build) resolve(ctx context.Context, name string, follow *regexp.Regexp)
 	return debian.Package{}, fmt.Errorf("%s only leads to more packages", name)
 }
 
-func (b *build) download(ctx context.Context, phase string, p debian.Package, patterns []string) (map[string]File, error) {
+// modulePath splits the path of a file below lib/modules/RELEASE.
+var modulePath = regexp.MustCompile(`^(?:usr/)?lib/modules/([^/]+)/(.+)$`)
+
+func (b *build) download(ctx context.Context, phase string, p debian.Package, withModules bool, patterns []string) (fetched, error) {
 	dir, err := b.store.TempDir()
 	if err != nil {
-		return nil, err
+		return fetched{}, err
 	}
 	defer os.RemoveAll(dir)
 	deb, err := b.g.Apt.Download(ctx, p, dir, func(done int64) { b.progress(phase, done, p.Size) })
 	if err != nil {
-		return nil, err
+		return fetched{}, err
 	}
 	defer deb.Close()
-	files, wanted := map[string]File{}, map[string]bool{}
-	for _, pattern := range patterns {
-		wanted[pattern] = true
-	}
-	err = debian.Files(ctx, deb, func(name string, size int64, content io.Reader) error {
+	record := fetched{Package: p, Files: map[string]string{}}
+	unpack := func(add func(release, name string, size int64, content io.Reader) error) error {
+		wanted := map[string]bool{}
 		for _, pattern := range patterns {
-			if ok, _ := path.Match(pattern, name); !ok {
-				continue
+			wanted[pattern] = true
+		}
+		return debian.Files(ctx, deb, func(name string, size int64, content io.Reader) error {
+			if m := modulePath.FindStringSubmatch(name); m != nil && add != nil {
+				return add(m[1], m[2], size, content)
 			}
-			if size > kernel.MaxSize {
-				return fmt.Errorf("%s in %s has %d MiB", name, p.Name, size>>20)
-			}
-			staged, err := b.store.Stage()
-			if err != nil {
-				return err
-			}
-			defer staged.Discard()
-			if err := staged.Fill(ctx, content, nil); err != nil {
-				return fmt.Errorf("unpack %s: %w", p.Name, err)
-			}
-			if files[name], err = staged.Commit(ctx); err != nil {
-				return err
-			}
-			if delete(wanted, pattern); len(wanted) == 0 {
-				// Behind a kernel come hundreds of megabytes of modules.
-				return debian.ErrStop
+			for _, pattern := range patterns {
+				if ok, _ := path.Match(pattern, name); !ok {
+					continue
+				}
+				if size > kernel.MaxSize {
+					return fmt.Errorf("%s in %s has %d MiB", name, p.Name, size>>20)
+				}
+				staged, err := b.store.Stage()
+				if err != nil {
+					return err
+				}
+				defer staged.Discard()
+				if err := staged.Fill(ctx, content, nil); err != nil {
+					return fmt.Errorf("unpack %s: %w", p.Name, err)
+				}
+				f, err := staged.Commit(ctx)
+				if err != nil {
+					return err
+				}
+				record.Files[name] = f.SHA256
+				if delete(wanted, pattern); len(wanted) == 0 && add == nil {
+					// Behind a kernel come hundreds of megabytes of modules.
+					return debian.ErrStop
+				}
+				return nil
 			}
 			return nil
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
+		})
 	}
-	return files, nil
+	if !withModules {
+		return record, unpack(nil)
+	}
+	record.Modules, err = b.importModules(ctx, func(w *modules.Writer) (string, error) {
+		release, done := "", int64(0)
+		err := unpack(func(of, name string, size int64, content io.Reader) error {
+			if release == "" {
+				release = of
+			}
+			if of != release || !modules.Wants(name) {
+				return nil
+			}
+			if size > modules.MaxSize {
+				return fmt.Errorf("%s in %s has %d MiB", name, p.Name, size>>20)
+			}
+			file := make([]byte, size)
+			if _, err := io.ReadFull(content, file); err != nil {
+				return fmt.Errorf("unpack %s: %w", p.Name, err)
+			}
+			done += size
+			b.progress(phase, done, 0)
+			return w.Add(name, file)
+		})
+		return release, err
+	})
+	return record, err
 }

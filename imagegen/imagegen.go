@@ -21,12 +21,14 @@ import (
 	"github.com/memlinux/memlinux/imagegen/cache"
 	"github.com/memlinux/memlinux/imagegen/debian"
 	"github.com/memlinux/memlinux/imagegen/initramfs"
+	"github.com/memlinux/memlinux/imagegen/modules"
 )
 
 // Recipe says what to make. The zero value is a good one.
 type Recipe struct {
 	Kernel      KernelSource
 	Busybox     *os.File  // a static busybox; nil for the host's, else Debian's busybox-static
+	Modules     []string  // sets (modules.SetNames) or names of kernel modules; empty for modules.Default
 	Compression string    // "zstd", "gzip", "none", or "auto" or "" for the best that the kernel can unpack
 	Append      string    // more words for the kernel's command line
 	Epoch       time.Time // of everything in the initramfs; the zero Time is 1970
@@ -66,14 +68,14 @@ type System struct {
 type File = cache.File
 
 // Progress is told how far a phase, "kernel" or "initramfs", is in bytes. A
-// phase that first fetches and then copies counts twice from 0, each time with
-// its own total; total is 0 while it is unknown.
+// phase that first fetches, then unpacks modules and then copies counts each
+// from 0 with its own total; total is 0 while it is unknown.
 type Progress func(phase string, done, total int64)
 
 // Generator makes systems. Several may share a cache, also across processes.
 type Generator struct {
 	CacheDir string
-	// Root is where boot/ and bin/ of the host are; "" for /.
+	// Root is where boot/, lib/modules/ and bin/ of the host are; "" for /.
 	Root string
 	// Release is the running kernel's; "" to ask the running kernel.
 	Release string
@@ -120,11 +122,15 @@ func (g Generator) Build(ctx context.Context, r Recipe, progress Progress) (*Sys
 		return nil, err
 	}
 	b := build{g: g, store: store, progress: progress}
-	k, err := b.kernel(ctx, r.Kernel)
+	k, err := b.kernel(ctx, r.Kernel, len(modules.Sets(r.Modules)) > 0)
 	if err != nil {
 		return nil, err
 	}
-	compression, err := b.check(k, r.Compression)
+	selected, err := b.selectModules(k, r.Modules)
+	if err != nil {
+		return nil, err
+	}
+	compression, err := b.check(k, selected, r.Compression)
 	if err != nil {
 		return nil, unfit{ErrKernel, err}
 	}
@@ -136,7 +142,12 @@ func (g Generator) Build(ctx context.Context, r Recipe, progress Progress) (*Sys
 	if err != nil {
 		return nil, err
 	}
-	return b.assemble(ctx, k, box, compression, cmdline, r.Epoch)
+	for _, applet := range initramfs.ModuleApplets {
+		if len(selected.Modules) > 0 && !slices.Contains(box.info.Applets, applet) {
+			return nil, unfit{ErrBusybox, fmt.Errorf("this busybox lacks the applet %s, by which /init loads modules; take another, or no modules (none)", applet)}
+		}
+	}
+	return b.assemble(ctx, r, k, selected, box, compression, cmdline)
 }
 
 func (r Recipe) validate() error {
@@ -144,6 +155,9 @@ func (r Recipe) validate() error {
 	case "", "auto", "zstd", "gzip", "none":
 	default:
 		return fmt.Errorf("%q is no compression of the initramfs; use auto, zstd, gzip or none", r.Compression)
+	}
+	if err := modules.Validate(r.Modules); err != nil {
+		return err
 	}
 	// A line break would begin a new line in the boot menu.
 	for _, c := range []byte(r.Append) {
@@ -178,7 +192,8 @@ func (b *build) warn(format string, args ...any) {
 }
 
 // assemble packs the initramfs and names the result.
-func (b *build) assemble(ctx context.Context, k kernelFile, box busyboxFile, compression, cmdline string, epoch time.Time) (*System, error) {
+func (b *build) assemble(ctx context.Context, r Recipe, k kernelFile, selected *modules.Selection, box busyboxFile, compression, cmdline string) (*System, error) {
+	epoch := r.Epoch
 	if epoch.IsZero() {
 		epoch = time.Unix(0, 0)
 	}
@@ -188,6 +203,18 @@ func (b *build) assemble(ctx context.Context, k kernelFile, box busyboxFile, com
 	}
 	defer content.Close()
 	tree := initramfs.Base(content, box.file.Size)
+	if len(selected.Modules) > 0 {
+		archive, err := b.store.Open(k.library.Archive)
+		if err != nil {
+			return nil, fmt.Errorf("make initramfs: %w", err)
+		}
+		defer archive.Close()
+		loadable, err := moduleFiles(archive, selected)
+		if err != nil {
+			return nil, fmt.Errorf("make initramfs: %w", err)
+		}
+		tree = tree.With(loadable...)
+	}
 	staged, err := b.store.Stage()
 	if err != nil {
 		return nil, err
@@ -202,13 +229,13 @@ func (b *build) assemble(ctx context.Context, k kernelFile, box busyboxFile, com
 		return nil, err
 	}
 	s := &System{ID: SystemID(k.file.SHA256, file.SHA256, cmdline), Kernel: k.file, Initramfs: file, Cmdline: cmdline, Warnings: b.warnings}
-	s.Manifest = manifest(s, k, box, compression, packed, tree)
+	s.Manifest = manifest(s, r, k, selected, box, compression, packed, tree)
 	return s, nil
 }
 
 // check holds the kernel's configuration against what the system needs and
 // returns how the initramfs is to be compressed.
-func (b *build) check(k kernelFile, compression string) (string, error) {
+func (b *build) check(k kernelFile, selected *modules.Selection, compression string) (string, error) {
 	auto := compression == "" || compression == "auto"
 	if k.config == nil {
 		b.warn("the configuration of kernel %s is not known (no CONFIG_IKCONFIG in it, no config-%s beside it), so it could not be checked", k.image.Release, k.image.Release)
@@ -222,7 +249,7 @@ func (b *build) check(k kernelFile, compression string) (string, error) {
 		compression = k.config.Compression()
 	}
 	var fatal []string
-	for _, f := range k.config.Check(compression) {
+	for _, f := range k.config.Check(compression, selected.Has) {
 		if f.Fatal {
 			fatal = append(fatal, f.String())
 		} else {
@@ -260,11 +287,11 @@ func (b *build) busybox(ctx context.Context, f *os.File) (busyboxFile, error) {
 			return box, err
 		}
 	}
-	files, _, err := b.fetch(ctx, "initramfs", BusyboxPackage, nil, "bin/busybox", "usr/bin/busybox")
+	got, err := b.fetch(ctx, "initramfs", BusyboxPackage, nil, false, "bin/busybox", "usr/bin/busybox")
 	if err != nil {
 		return busyboxFile{}, unfit{ErrBusybox, fmt.Errorf("no static busybox on this machine, and Debian's could not be fetched: %w", err)}
 	}
-	for _, file := range files {
+	for _, file := range got.files {
 		f, err := os.Open(file.Path)
 		if err != nil {
 			return busyboxFile{}, err

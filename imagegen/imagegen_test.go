@@ -343,7 +343,8 @@ func TestUnknownConfigurationIsAWarning(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(s.Warnings) != 1 || !strings.Contains(s.Warnings[0], "config-6.1.0-8 beside it") || s.Manifest.Initramfs.Compression != "gzip" {
+	if len(s.Warnings) != 2 || !strings.Contains(s.Warnings[0], "no modules are in the initramfs (a kernel that is given as a file comes without them)") ||
+		!strings.Contains(s.Warnings[1], "config-6.1.0-8 beside it") || s.Manifest.Initramfs.Compression != "gzip" {
 		t.Errorf("warnings %q, compression %s", s.Warnings, s.Manifest.Initramfs.Compression)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/memlinux/memlinux/imagegen/kernel"
+	"github.com/memlinux/memlinux/imagegen/modules"
 	"golang.org/x/sys/unix"
 )
 
@@ -20,12 +21,15 @@ import (
 type kernelFile struct {
 	file         File
 	image        kernel.Image
-	source       string        // for the manifest
-	config       kernel.Config // nil if unknown
-	configSource string        // "" if unknown
+	source       string           // for the manifest
+	config       kernel.Config    // nil if unknown
+	configSource string           // "" if unknown
+	library      *modules.Library // nil if they are not known, or not wanted
+	noModules    string           // why they are not known
 }
 
-func (b *build) kernel(ctx context.Context, src KernelSource) (kernelFile, error) {
+// kernel finds the kernel, and its modules if they are wanted.
+func (b *build) kernel(ctx context.Context, src KernelSource, withModules bool) (kernelFile, error) {
 	switch {
 	case src.File != nil:
 		k, err := b.takeKernel(ctx, src.File, "file", func(name string) (io.ReadCloser, error) {
@@ -37,19 +41,26 @@ func (b *build) kernel(ctx context.Context, src KernelSource) (kernelFile, error
 		if err != nil {
 			return kernelFile{}, unfit{ErrKernel, fmt.Errorf("%s: %w", src.File.Name(), err)}
 		}
+		k.noModules = "a kernel that is given as a file comes without them"
 		return k, nil
 	case src.Debian != "":
-		return b.debianKernel(ctx, src.Debian)
+		return b.debianKernel(ctx, src.Debian, withModules)
 	}
 	boot := filepath.Join(b.g.Root, "/boot")
 	for _, name := range b.g.bootKernels(boot) {
 		k, err := b.bootKernel(ctx, boot, name)
+		if err == nil && withModules {
+			// What is wrong with them is told: the next kernel is no better
+			// for having a better folder.
+			err = b.hostModules(ctx, &k)
+			return k, err
+		}
 		if err == nil || ctx.Err() != nil {
 			return k, err
 		}
 		// One for another machine, say; the next may be better.
 	}
-	k, err := b.debianKernel(ctx, DefaultKernelPackage)
+	k, err := b.debianKernel(ctx, DefaultKernelPackage, withModules)
 	if err != nil {
 		return kernelFile{}, unfit{ErrKernel, fmt.Errorf("no kernel for amd64 is in %s, and Debian's could not be fetched: %w", boot, err)}
 	}
@@ -137,11 +148,12 @@ func (b *build) takeKernel(ctx context.Context, f *os.File, source string, besid
 // A kernel's meta package depends on the package of one release.
 var releasePackage = regexp.MustCompile(`^linux-image-[0-9]`)
 
-func (b *build) debianKernel(ctx context.Context, name string) (kernelFile, error) {
-	files, from, err := b.fetch(ctx, "kernel", name, releasePackage, "boot/vmlinuz-*", "boot/config-*")
+func (b *build) debianKernel(ctx context.Context, name string, withModules bool) (kernelFile, error) {
+	got, err := b.fetch(ctx, "kernel", name, releasePackage, withModules, "boot/vmlinuz-*", "boot/config-*")
 	if err != nil {
 		return kernelFile{}, err
 	}
+	files, from := got.files, got.from
 	image, found := "", false
 	for path := range files {
 		if strings.HasPrefix(path, "boot/vmlinuz-") {
@@ -162,5 +174,6 @@ func (b *build) debianKernel(ctx context.Context, name string) (kernelFile, erro
 	if err != nil {
 		return kernelFile{}, unfit{ErrKernel, fmt.Errorf("package %s: %w", from.Name, err)}
 	}
+	k.library, k.noModules = got.library, "Debian's package "+from.Name+" has none"
 	return k, nil
 }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 
 	"github.com/memlinux/memlinux/imagegen/initramfs"
+	"github.com/memlinux/memlinux/imagegen/modules"
 )
 
 // Manifest says what a System is made of. It holds nothing of the machine or
@@ -17,6 +18,7 @@ type Manifest struct {
 	Cmdline   string            `json:"cmdline"`
 	Kernel    ManifestKernel    `json:"kernel"`
 	Initramfs ManifestInitramfs `json:"initramfs"`
+	Modules   ManifestModules   `json:"modules"`
 	Busybox   ManifestBusybox   `json:"busybox"`
 }
 
@@ -29,6 +31,14 @@ type ManifestKernel struct {
 	Source  string   `json:"source"`  // "boot", "file" or "debian PACKAGE VERSION"
 	Config  string   `json:"config"`  // "config-RELEASE", "IKCONFIG", or "" for unknown
 	Missing []string `json:"missing"` // what the configuration lacks and what that breaks
+}
+
+// ManifestModules describes the kernel modules; the files of the initramfs have
+// each of them with its size and digest.
+type ManifestModules struct {
+	Sets     []string `json:"sets"`     // what was asked for, spelled out; sorted
+	Count    int      `json:"count"`    // with all that they depend on
+	Firmware []string `json:"firmware"` // below /lib/firmware, what they may ask for and the initramfs has not
 }
 
 // ManifestInitramfs describes the initramfs.
@@ -67,7 +77,7 @@ func (m Manifest) JSON() ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-func manifest(s *System, k kernelFile, box busyboxFile, compression string, packed initramfs.Packed, tree initramfs.Tree) Manifest {
+func manifest(s *System, r Recipe, k kernelFile, selected *modules.Selection, box busyboxFile, compression string, packed initramfs.Packed, tree initramfs.Tree) Manifest {
 	m := Manifest{
 		Version: 1,
 		ID:      s.ID,
@@ -79,10 +89,11 @@ func manifest(s *System, k kernelFile, box busyboxFile, compression string, pack
 		Initramfs: ManifestInitramfs{
 			Size: s.Initramfs.Size, Unpacked: packed.Unpacked, SHA256: s.Initramfs.SHA256, Compression: compression,
 		},
+		Modules: ManifestModules{Sets: modules.Sets(r.Modules), Count: len(selected.Modules), Firmware: selected.Firmware()},
 		Busybox: ManifestBusybox{Version: box.info.Version, SHA256: box.file.SHA256, Applets: box.info.Applets},
 	}
 	if k.config != nil {
-		for _, f := range k.config.Check(compression) {
+		for _, f := range k.config.Check(compression, selected.Has) {
 			m.Kernel.Missing = append(m.Kernel.Missing, f.String())
 		}
 	}

@@ -19,11 +19,13 @@ import (
 // recipe is the flags that say what system to make.
 type recipe struct {
 	kernel, busybox, compression, append string
+	modules                              []string
 }
 
 func (r *recipe) flags(c *cobra.Command) {
 	f := c.Flags()
 	f.StringVar(&r.kernel, "kernel", "", "auto, a bzImage FILE, or debian:PACKAGE (default: auto, or as memlinuxd is configured)")
+	f.StringSliceVar(&r.modules, "modules", nil, "kernel modules: none, all, sets (input, usb-storage, disk, filesystems, network) or names (default: all sets but network)")
 	f.StringVar(&r.busybox, "busybox", "", "a static busybox FILE (default: this machine's, else Debian's)")
 	f.StringVar(&r.compression, "compression", "auto", "of the initramfs: auto, zstd, gzip or none")
 	f.StringVar(&r.append, "append", "", "more kernel command line")
@@ -75,6 +77,9 @@ func (r *recipe) fill(o *opened) error {
 	o.set(api.OptCompression, r.compression)
 	if r.append != "" {
 		o.set(api.OptAppend, r.append)
+	}
+	if len(r.modules) > 0 {
+		o.set(api.OptModules, r.modules)
 	}
 	switch {
 	case r.kernel == "":

@@ -308,6 +308,7 @@ func TestBadKernelsAndBusybox(t *testing.T) {
 		{"a kernel that is not there", []string{"--kernel", w.path("none")}, 1, "none"},
 		{"a package that is not there", []string{"--kernel", "debian:no-such-kernel"}, 1, "no-such-kernel"},
 		{"a package's name that is none", []string{"--kernel", "debian:--help"}, 2, "package name"},
+		{"a module that is not there", []string{"--modules", "disk,nosuchmodule"}, 2, "nosuchmodule"},
 		{"a dynamic busybox", []string{"--busybox", "/bin/ls"}, 1, "busybox-static"},
 		{"a busybox that is none", []string{"--busybox", w.path("text")}, 1, ""},
 		{"a quote on the command line", []string{"--append", `a="b c"`}, 2, "append"},

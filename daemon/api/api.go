@@ -38,6 +38,7 @@ const (
 const (
 	OptKernel          = "kernel"            // s: auto or debian:PACKAGE; h: an open kernel file
 	OptKernelConfigs   = "kernel-configs"    // a{sv} of h: config-* files that lie beside the kernel file, by name
+	OptModules         = "modules"           // as: sets of kernel modules, or names of modules; empty is the standard
 	OptBusybox         = "busybox"           // h: a static busybox
 	OptCompression     = "compression"       // s: auto, zstd, gzip or none
 	OptAppend          = "append"            // s: more kernel command line

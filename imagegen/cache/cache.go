@@ -83,6 +83,20 @@ func (s *Store) Lookup(ctx context.Context, sha string) (File, error) {
 	return f, nil
 }
 
+// Open opens the file with the given SHA-256 (hex) without reading it: for a
+// large file of which each part that is used is verified by itself. A missing
+// file is os.ErrNotExist.
+func (s *Store) Open(sha string) (*os.File, error) {
+	if b, err := hex.DecodeString(sha); err != nil || len(b) != sha256.Size {
+		return nil, fmt.Errorf("open in cache: %q is no SHA-256", sha)
+	}
+	f, err := os.Open(filepath.Join(s.dir, "files", sha))
+	if err != nil {
+		return nil, fmt.Errorf("open in cache: %w", err)
+	}
+	return f, nil
+}
+
 // Staged is a file on its way into the store: it is written, may be looked at,
 // and then comes in by Commit or goes away by Discard.
 type Staged struct {

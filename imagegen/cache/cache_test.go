@@ -191,3 +191,32 @@ func TestLockIsExclusiveAndCancellable(t *testing.T) {
 	}
 	again()
 }
+
+func TestOpenReadsNothing(t *testing.T) {
+	s := open(t)
+	st, err := s.Stage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	f, err := st.Commit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := s.Open(f.SHA256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in.Close()
+	if err := os.Remove(f.Path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Open(f.SHA256); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a missing file: %v", err)
+	}
+	if _, err := s.Open("../records"); err == nil || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a name that is no digest: %v", err)
+	}
+}

@@ -150,6 +150,25 @@ func TestPackRoundTrip(t *testing.T) {
 	}
 }
 
+func TestWithAddsFolders(t *testing.T) {
+	x := strings.NewReader("x")
+	tree := Base(program, program.Size()).With(
+		Entry{Path: "lib/modules/6.1/kernel/a.ko", Mode: 0o644, Content: x, Size: 1},
+		Entry{Path: "etc/filesystems", Mode: 0o644, Content: x, Size: 1})
+	if err := tree.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	var added []string
+	for _, e := range tree {
+		if strings.HasPrefix(e.Path, "lib") {
+			added = append(added, e.Path)
+		}
+	}
+	if diff := cmp.Diff([]string{"lib", "lib/modules", "lib/modules/6.1", "lib/modules/6.1/kernel", "lib/modules/6.1/kernel/a.ko"}, added); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestPackRefuses(t *testing.T) {
 	x := strings.NewReader("x")
 	file := func(path string) Entry { return Entry{Path: path, Mode: 0o644, Content: x, Size: 1} }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"path"
 	"slices"
 	"strings"
 )
@@ -31,9 +32,12 @@ var static embed.FS
 
 // Applets lists the busybox applets without which /init can't do its work.
 var Applets = []string{
-	"busybox", "cat", "dmesg", "findfs", "grep", "hostname", "init", "mdev", "mkdir", "mknod", "mount", "poweroff",
+	"busybox", "cat", "dmesg", "findfs", "grep", "hostname", "init", "killall", "mdev", "mkdir", "mknod", "mount", "poweroff",
 	"readlink", "reboot", "sed", "sh", "sleep", "switch_root", "sync", "tty", "umount",
 }
+
+// ModuleApplets lists those that it needs besides where there are modules.
+var ModuleApplets = []string{"find", "ln", "modprobe", "sort", "tr", "xargs"}
 
 // Base is the tree of a system that has nothing but busybox, whose binary is
 // the size bytes of busybox. Applet links and device nodes are not in it: /init
@@ -47,13 +51,13 @@ func Base(busybox io.ReaderAt, size int64) Tree {
 		Entry{Path: "root", Mode: fs.ModeDir | 0o700},
 		Entry{Path: "tmp", Mode: fs.ModeDir | fs.ModeSticky | 0o777})
 	// Walking and reading what is compiled in can't fail.
-	_ = fs.WalkDir(static, ".", func(path string, d fs.DirEntry, _ error) error {
+	_ = fs.WalkDir(static, ".", func(name string, d fs.DirEntry, _ error) error {
 		if d.IsDir() {
 			return nil
 		}
-		b, _ := static.ReadFile(path)
-		e := Entry{Path: path, Mode: 0o644, Content: bytes.NewReader(b), Size: int64(len(b))}
-		if path == "init" {
+		b, _ := static.ReadFile(name)
+		e := Entry{Path: name, Mode: 0o644, Content: bytes.NewReader(b), Size: int64(len(b))}
+		if name == "init" {
 			e.Mode = 0o755
 		}
 		t = append(t, e)
@@ -61,6 +65,23 @@ func Base(busybox io.ReaderAt, size int64) Tree {
 	})
 	slices.SortFunc(t, func(a, b Entry) int { return strings.Compare(a.Path, b.Path) })
 	return t
+}
+
+// With is t with more entries and the folders that these are in.
+func (t Tree) With(more ...Entry) Tree {
+	all := slices.Concat(t, more)
+	have := map[string]bool{}
+	for _, e := range all {
+		have[e.Path] = true
+	}
+	for _, e := range more {
+		for dir := path.Dir(e.Path); dir != "." && !have[dir]; dir = path.Dir(dir) {
+			have[dir] = true
+			all = append(all, Entry{Path: dir, Mode: fs.ModeDir | 0o755})
+		}
+	}
+	slices.SortFunc(all, func(a, b Entry) int { return strings.Compare(a.Path, b.Path) })
+	return all
 }
 
 // Limits of the newc format and of the library that writes it.

@@ -15,7 +15,14 @@ type Finding struct {
 // String is a sentence without its full stop.
 func (f Finding) String() string { return f.Breaks + ": " + strings.Join(f.Why, ", ") }
 
-// feature is something that works only if all of the options are built in; of
+// modules are the options of drivers that do their work as well when /init
+// loads them, and the module that each makes. Everything else must be built in.
+var modules = map[string]string{
+	"KEYBOARD_ATKBD": "atkbd", "SERIO_I8042": "i8042",
+	"USB_HID": "usbhid", "HID_GENERIC": "hid_generic", "USB_XHCI_HCD": "xhci_hcd",
+}
+
+// feature is something that works only if all of the options are there; of
 // options with a | between them one is enough.
 type feature struct {
 	breaks  string
@@ -64,11 +71,12 @@ func (c Config) Compression() string {
 }
 
 // Check lists what does not work with c in a system whose initramfs is
-// compressed by "zstd", "gzip" or "none"; what is fatal comes first.
-func (c Config) Check(compression string) []Finding {
+// compressed by "zstd", "gzip" or "none" and holds the modules of which loadable
+// reports true (their names have _ for -); nil is none. What is fatal comes first.
+func (c Config) Check(compression string, loadable func(module string) bool) []Finding {
 	var out []Finding
 	add := func(isFatal bool, n feature) {
-		if why := c.missing(n.options); why != nil {
+		if why := c.missing(n.options, loadable); why != nil {
 			out = append(out, Finding{Fatal: isFatal, Breaks: n.breaks, Why: why})
 		}
 	}
@@ -84,17 +92,24 @@ func (c Config) Check(compression string) []Finding {
 	return out
 }
 
-// missing says of each of the options that is not built in what it is instead.
-func (c Config) missing(options []string) (why []string) {
+// missing says of each of the options that is not there what it is instead.
+func (c Config) missing(options []string, loadable func(string) bool) (why []string) {
+	there := func(option string) bool {
+		module := modules[option]
+		return c.BuiltIn(option) || c[option] == "m" && module != "" && loadable != nil && loadable(module)
+	}
 	for _, alternatives := range options {
 		names := strings.Split(alternatives, "|")
-		if slices.ContainsFunc(names, c.BuiltIn) {
+		if slices.ContainsFunc(names, there) {
 			continue
 		}
 		for _, name := range names {
 			state := "not set"
 			if c[name] == "m" {
-				state = "a module, and none is in the initramfs"
+				state = "a module that is not in the initramfs"
+				if modules[name] == "" {
+					state = "a module, which comes too late"
+				}
 			}
 			why = append(why, "CONFIG_"+name+" is "+state)
 		}

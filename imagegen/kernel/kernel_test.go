@@ -245,10 +245,10 @@ func TestCheck(t *testing.T) {
 		{"another compression does", Config{"RD_ZSTD": ""}, "gzip", false, ""},
 		{"uncompressed needs none", Config{"RD_ZSTD": "", "RD_GZIP": ""}, "none", false, ""},
 		{"scripts as a module come too late for /init", Config{"BINFMT_SCRIPT": "m"}, "zstd", true,
-			"/init is a script and can't run: CONFIG_BINFMT_SCRIPT is a module, and none is in the initramfs"},
+			"/init is a script and can't run: CONFIG_BINFMT_SCRIPT is a module, which comes too late"},
 		{"one of several does", Config{"FB_EFI": "", "DRM_SIMPLEDRM": "y"}, "zstd", false, ""},
 		{"none of several", Config{"FB_EFI": "", "DRM_SIMPLEDRM": "m"}, "zstd", false,
-			"the screen stays dark on a PC with UEFI: CONFIG_FB_EFI is not set, CONFIG_FB_SIMPLE is not set, CONFIG_DRM_SIMPLEDRM is a module, and none is in the initramfs"},
+			"the screen stays dark on a PC with UEFI: CONFIG_FB_EFI is not set, CONFIG_FB_SIMPLE is not set, CONFIG_DRM_SIMPLEDRM is a module, which comes too late"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := full()
@@ -256,7 +256,7 @@ func TestCheck(t *testing.T) {
 				c[k] = v
 			}
 			var got []string
-			for _, f := range c.Check(tc.compression) {
+			for _, f := range c.Check(tc.compression, nil) {
 				got = append(got, f.String())
 				if f.Fatal != tc.fatal {
 					t.Errorf("%s: fatal %v", f, f.Fatal)
@@ -266,6 +266,23 @@ func TestCheck(t *testing.T) {
 				t.Errorf("findings %q, want %q", s, tc.want)
 			}
 		})
+	}
+	// What /init loads is as good as built in, for a keyboard; half of it is not.
+	keyboard := full()
+	for _, o := range []string{"USB_HID", "HID_GENERIC", "USB_XHCI_HCD", "SERIO_I8042", "SERIAL_8250", "BINFMT_ELF"} {
+		keyboard[o] = "m"
+	}
+	var got []string
+	for _, f := range keyboard.Check("zstd", func(module string) bool { return module != "xhci_hcd" }) {
+		got = append(got, f.String())
+	}
+	want := []string{
+		"no program can run: CONFIG_BINFMT_ELF is a module, which comes too late",
+		"a USB keyboard does not work: CONFIG_USB_XHCI_HCD is a module that is not in the initramfs",
+		"there is no serial console, on which verification listens: CONFIG_SERIAL_8250 is a module, which comes too late",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("findings %q, want %q", got, want)
 	}
 	if got := (Config{}).Compression(); got != "none" {
 		t.Error(got)
@@ -332,7 +349,7 @@ func FuzzParseConfig(f *testing.F) {
 		if err == nil && len(c) == 0 {
 			t.Error("a configuration without options")
 		}
-		c.Check(c.Compression())
+		c.Check(c.Compression(), nil)
 	})
 }
 
