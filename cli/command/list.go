@@ -1,6 +1,7 @@
 package command
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -20,12 +21,7 @@ func newDevices(g *global) *cobra.Command {
   sudo memlinux devices --json | jq 'select(.refused == null).path'`,
 		Args: args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
-			conn, err := client.Connect(c.Context(), g.private)
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			list, err := conn.Devices(c.Context())
+			list, err := ask(c.Context(), g, (*client.Client).Devices)
 			if err != nil {
 				return err
 			}
@@ -64,12 +60,7 @@ func newJobs(g *global) *cobra.Command {
 		Example: `  sudo memlinux jobs`,
 		Args:    args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
-			conn, err := client.Connect(c.Context(), g.private)
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			list, err := conn.Jobs(c.Context())
+			list, err := ask(c.Context(), g, (*client.Client).Jobs)
 			if err != nil {
 				return err
 			}
@@ -84,6 +75,17 @@ func newJobs(g *global) *cobra.Command {
 			return t.Flush()
 		},
 	}
+}
+
+// ask asks the daemon one question.
+func ask[T any](ctx context.Context, g *global, question func(*client.Client, context.Context) (T, error)) (T, error) {
+	conn, err := client.Connect(ctx, g.private)
+	if err != nil {
+		var none T
+		return none, err
+	}
+	defer conn.Close()
+	return question(conn, ctx)
 }
 
 func newVersion(g *global) *cobra.Command {
