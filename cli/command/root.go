@@ -75,6 +75,9 @@ func run(c *cobra.Command) int {
 	if err == nil {
 		return exitDone
 	}
+	if errors.Is(err, context.Canceled) {
+		err = &api.Error{Name: api.ErrCancelled, Message: "cancelled, and nothing was done"} // before there was a job
+	}
 	fmt.Fprintf(os.Stderr, "memlinux: %v\n", err)
 	var usage usageError
 	if errors.As(err, &usage) {
