@@ -160,12 +160,18 @@ func (s *Server) dataDisc(ctx context.Context, stream *os.File) (*os.File, error
 	// A client that stops sending does not hold up a cancel.
 	stop := context.AfterFunc(ctx, func() { in.Close() })
 	defer stop()
+	if err := os.MkdirAll(s.config.CacheDir, 0o755); err != nil { //nolint:gosec // as the cache itself makes it
+		return nil, fmt.Errorf("data disc: %w", err)
+	}
 	tmp, err := os.CreateTemp(s.config.CacheDir, "data-*.iso")
 	if err != nil {
 		return nil, fmt.Errorf("data disc: %w", err)
 	}
 	defer tmp.Close()
-	defer os.Remove(tmp.Name())
+	// Without a name it goes with the last descriptor, however we end.
+	if err := os.Remove(tmp.Name()); err != nil {
+		return nil, fmt.Errorf("data disc: %w", err)
+	}
 	if err := iso.FromTar(ctx, tmp, in, dataLabel, maxData); err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()

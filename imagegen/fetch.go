@@ -29,10 +29,10 @@ type taken struct {
 }
 
 // fetch brings the files of a Debian package that match one of the patterns
-// (path.Match) into the cache, and its kernel modules if they are asked for. Where the package depends on one that follow
-// matches, that one is meant. The network is used only when the cache has not
-// the version that apt would fetch; when that fails, an older version in the
-// cache does, with a warning.
+// (path.Match) into the cache, and its kernel modules if they are asked for.
+// Where the package depends on one that follow matches, that one is meant. The
+// network is used only when the cache has not the version that apt would fetch;
+// when that fails, an older version in the cache does, with a warning.
 func (b *build) fetch(ctx context.Context, phase, name string, follow *regexp.Regexp, withModules bool, patterns ...string) (taken, error) {
 	// apt-get update in two processes at once fails in one of them.
 	unlock, err := b.store.Lock(ctx, "apt")

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync/atomic"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -152,11 +153,11 @@ func (g *global) console(ctx context.Context, o *opened) error {
 	}
 	ctx, leave := context.WithCancel(ctx)
 	defer leave()
-	left := false
+	var left atomic.Bool
 	go func() {
 		// Ends with the process: a read of the terminal can't be interrupted.
 		if copyKeys(ours, os.Stdin) {
-			left = true
+			left.Store(true)
 			leave()
 		}
 	}()
@@ -170,7 +171,7 @@ func (g *global) console(ctx context.Context, o *opened) error {
 		return err
 	}
 	<-shown
-	if job.State == api.StateSucceeded || left {
+	if job.State == api.StateSucceeded || left.Load() {
 		return nil
 	}
 	return &api.Error{Name: job.Error, Message: job.Message}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -114,7 +115,7 @@ func (o outcome) wants(t *testing.T, code int, says ...string) {
 	}
 }
 
-// empty checks that the folder holds nothing but the named files: no half-made
+// holds checks that the folder holds nothing but the named files: no half-made
 // image, no temporary file.
 func (w *world) holds(names ...string) {
 	w.t.Helper()
@@ -396,7 +397,7 @@ func TestCancelInEachPhase(t *testing.T) {
 			}
 			// Enough to write that a phase can be hit.
 			cmd := w.command("--json", "write", "--size", "6GiB", w.path("stick.img"))
-			cancelled(t, cmd, phase)
+			cancelled(t, w, cmd, phase)
 			w.holds()
 		})
 	}
@@ -404,7 +405,7 @@ func TestCancelInEachPhase(t *testing.T) {
 		t.Run("device: "+phase, func(t *testing.T) {
 			w := newWorld(t)
 			dev, backing := w.loop(2048, "512")
-			reached := cancelled(t, w.command("--json", "write", "--yes", dev), phase)
+			reached := cancelled(t, w, w.command("--json", "write", "--yes", dev), phase)
 			head := make([]byte, 512)
 			f, err := os.Open(backing)
 			if err != nil {
@@ -425,7 +426,7 @@ func TestCancelInEachPhase(t *testing.T) {
 
 // cancelled interrupts cmd as soon as the phase begins, and returns the phase
 // that it was cancelled in.
-func cancelled(t *testing.T, cmd *exec.Cmd, phase string) string {
+func cancelled(t *testing.T, w *world, cmd *exec.Cmd, phase string) string {
 	t.Helper()
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -452,6 +453,10 @@ func cancelled(t *testing.T, cmd *exec.Cmd, phase string) string {
 			reached = last.Phase
 			if last.Phase == phase && !sent {
 				sent = true
+				if strings.HasPrefix(phase, "boot") {
+					// There is a machine to be stopped, and left would see it.
+					awaitProcesses(t, func() bool { return strings.Contains(w.left(), "qemu-system") })
+				}
 				cmd.Process.Signal(os.Interrupt)
 			}
 		}
@@ -463,29 +468,39 @@ func cancelled(t *testing.T, cmd *exec.Cmd, phase string) string {
 	if code := cmd.ProcessState.ExitCode(); code != 130 || last.Event != "report" || last.State != api.StateCancelled || last.Exit != 130 {
 		t.Errorf("exit %d, last event %+v, stderr %s", code, last, stderr.String())
 	}
-	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		left := children(t)
-		if left == "" {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Errorf("still running: %s", left)
-			break
-		}
-	}
+	awaitProcesses(t, func() bool { return w.left() == "" })
 	return reached
 }
 
-// children names the processes of these programs that still run.
-func children(t *testing.T) string {
+// awaitProcesses waits a while for what is true of the processes.
+func awaitProcesses(t *testing.T, is func() bool) {
 	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !is(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Error("processes still run, or never did")
+			return
+		}
+	}
+}
+
+// left names the processes of these programs that run, and all that have a file
+// or folder of this world open, as a virtual machine has its scratch.
+func (w *world) left() string {
 	var found []string
-	dirs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, d := range dirs {
-		b, _ := os.ReadFile(d)
-		line := string(bytes.ReplaceAll(b, []byte{0}, []byte(" ")))
-		if strings.HasPrefix(line, bin) || strings.Contains(line, t.Name()) {
-			found = append(found, line)
+		if filepath.Base(d) == strconv.Itoa(os.Getpid()) {
+			continue
+		}
+		cmdline, _ := os.ReadFile(d + "/cmdline")
+		mine := bytes.HasPrefix(cmdline, []byte(bin))
+		fds, _ := filepath.Glob(d + "/fd/*")
+		for _, fd := range fds {
+			target, _ := os.Readlink(fd)
+			mine = mine || strings.HasPrefix(target, w.dir)
+		}
+		if mine {
+			found = append(found, string(bytes.ReplaceAll(cmdline, []byte{0}, []byte(" "))))
 		}
 	}
 	return strings.Join(found, "; ")

@@ -118,6 +118,9 @@ func TestStick(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.file("state/payload/folder/hello.txt", "greetings from the disc\n")
+		// On a machine where nothing was ever built.
+		w.env = []string{"MEMLINUX_CACHE_DIR=" + w.path("state/fresh")}
+		defer func() { w.env = nil }()
 		c := w.console(t, "vm", "--firmware", "uefi", "--data", data, img)
 		c.expect("memlinux, Linux")
 		c.typed("c")
