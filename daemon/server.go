@@ -468,7 +468,7 @@ func (s *Server) JobAdded(j api.Job) {
 func (s *Server) JobChanged(j api.Job) {
 	props := j.Properties()
 	changed := api.Properties{}
-	for _, key := range []string{"Phase", "Progress", "Bytes", "Total", "Rate"} {
+	for _, key := range []string{"Phase", "Progress", "Bytes", "Total", "Rate", "Unit"} {
 		changed[key] = props[key]
 	}
 	s.emitChanged(api.JobPath(j.ID), api.JobInterface, changed)
@@ -478,7 +478,7 @@ func (s *Server) JobChanged(j api.Job) {
 func (s *Server) JobCompleted(j api.Job) {
 	props := j.Properties()
 	changed := api.Properties{}
-	for _, key := range []string{"State", "Phase", "Progress", "Bytes", "Total", "Rate", "Message", "Result"} {
+	for _, key := range []string{"State", "Phase", "Progress", "Bytes", "Total", "Rate", "Unit", "Message", "Result"} {
 		changed[key] = props[key]
 	}
 	path := api.JobPath(j.ID)

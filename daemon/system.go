@@ -8,16 +8,18 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
+	"slices"
 	"time"
 
 	"github.com/memlinux/memlinux/bootloader/grub"
 	"github.com/memlinux/memlinux/bootloader/menulst"
 	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/imagegen"
 	"github.com/memlinux/memlinux/media"
 	"github.com/memlinux/memlinux/media/fat32"
 	"github.com/memlinux/memlinux/media/stick"
+	"github.com/memlinux/memlinux/testvm"
 )
 
 // Where things lie in the volume of a stick.
@@ -33,54 +35,17 @@ const (
 // menuTimeout is how long the menu waits for a key, in seconds.
 const menuTimeout = "3"
 
-// recipeOf reads the options that say what system to make.
-func (s *Server) recipeOf(o *options) imagegen.Recipe {
-	r := imagegen.Recipe{
-		Busybox:     o.file(api.OptBusybox),
-		Modules:     get[[]string](o, api.OptModules),
-		Compression: o.oneOf(api.OptCompression, "auto", "zstd", "gzip", "none"),
-		Append:      get[string](o, api.OptAppend),
-		Epoch:       o.epoch(),
-	}
-	if err := menulst.CheckCommandLine(r.Append); err != nil {
-		o.fail("option %q: %v", api.OptAppend, err)
-	}
-	for name, f := range o.fileMap(api.OptKernelConfigs) {
-		if r.Kernel.Configs == nil {
-			r.Kernel.Configs = map[string]io.ReaderAt{}
-		}
-		r.Kernel.Configs[name] = f
-	}
-	source := s.config.Kernel
-	if v, ok := o.left[api.OptKernel]; ok {
-		if _, isString := v.Value().(string); !isString {
-			r.Kernel.File = o.file(api.OptKernel)
-			return r
-		}
-		source = get[string](o, api.OptKernel)
-	} else {
-		o.known = append(o.known, api.OptKernel)
-	}
-	if name, ok := strings.CutPrefix(source, "debian:"); ok && name != "" {
-		r.Kernel.Debian = name
-	} else if source != "auto" {
-		o.fail("option %q is %q; it can be auto, debian:PACKAGE or an open file", api.OptKernel, source)
-	}
-	return r
+// generate makes the system. Logs of compilations go where the job's other
+// reports are.
+func (s *Server) generate(ctx context.Context, j *jobs.Job, r imagegen.Recipe) (*imagegen.System, error) {
+	return imagegen.Generator{CacheDir: s.config.CacheDir, LogDir: s.stateDir("reports", j.ID())}.Build(ctx, r, tell(j))
 }
 
-func (s *Server) generate(ctx context.Context, progress imagegen.Progress, r imagegen.Recipe) (*imagegen.System, error) {
-	return imagegen.Generator{CacheDir: s.config.CacheDir}.Build(ctx, r, progress)
+func reportSystem(m api.Manifest) *api.System {
+	return &api.System{ID: m.ID, Cmdline: m.BootLine(), KernelRelease: m.Kernel.Release, KernelSource: m.Kernel.Source,
+		KernelSize: m.Kernel.Size, KernelSHA256: m.Kernel.SHA256, InitramfsSize: m.Initramfs.Size, InitramfsSHA256: m.Initramfs.SHA256,
+		MemoryBIOS: m.Memory.BIOS, MemoryUEFI: m.Memory.UEFI}
 }
-
-func reportSystem(sys *imagegen.System) *api.System {
-	return &api.System{ID: sys.ID, Cmdline: bootLine(sys.Cmdline, sys.ID), KernelRelease: sys.Manifest.Kernel.Release, KernelSource: sys.Manifest.Kernel.Source,
-		KernelSize: sys.Kernel.Size, KernelSHA256: sys.Kernel.SHA256, InitramfsSize: sys.Initramfs.Size, InitramfsSHA256: sys.Initramfs.SHA256}
-}
-
-// bootLine is the command line of a boot entry: /init reads the build's ID from
-// it, for the ready line.
-func bootLine(cmdline, id string) string { return cmdline + " memlinux.build=" + id }
 
 // menu is the menu.lst for the system. A stick's names its volume: the entry is
 // then right whatever number the loader gives the disk. Without a volume the
@@ -91,7 +56,7 @@ func menu(sys *imagegen.System, volume string) ([]byte, error) {
 		e.Commands = append(e.Commands, menulst.Command{Name: "uuid", Args: volume})
 	}
 	e.Commands = append(e.Commands,
-		menulst.Command{Name: "kernel", Args: "/" + stickKernel + " " + bootLine(sys.Cmdline, sys.ID)},
+		menulst.Command{Name: "kernel", Args: "/" + stickKernel + " " + sys.Manifest.BootLine()},
 		menulst.Command{Name: "initrd", Args: "/" + stickInitramfs})
 	text, err := menulst.Render(menulst.Menu{
 		Globals: []menulst.Command{{Name: "default", Args: "0"}, {Name: "timeout", Args: menuTimeout}},
@@ -128,7 +93,7 @@ func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize i
 	}
 	c.volume = grub.VolumeUUID(id)
 	spec := stick.Spec{Size: size, SectorSize: sectorSize, VolumeID: id, Label: stickLabel, ModTime: modified}
-	if sectorSize == 512 { // a PC BIOS can't boot others
+	if slices.Contains(sys.Manifest.Boot, string(testvm.BIOS)) && sectorSize == 512 { // a PC BIOS can't boot others
 		bios, err := grub.MakeBIOS(ctx, id)
 		if err != nil {
 			return c, err
@@ -136,10 +101,6 @@ func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize i
 		if spec.BootSector, spec.Core, err = bios.Embed(stick.CoreLBA); err != nil {
 			return c, err
 		}
-	}
-	efi, err := grub.MakeEFI(ctx, id)
-	if err != nil {
-		return c, err
 	}
 	menuText, err := menu(sys, c.volume)
 	if err != nil {
@@ -152,7 +113,13 @@ func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize i
 	add := func(path string, size int64, content io.ReaderAt) {
 		spec.Files = append(spec.Files, fat32.File{Path: path, Size: size, Content: content, ModTime: modified})
 	}
-	add(stickEFI, int64(len(efi)), bytes.NewReader(efi))
+	if slices.Contains(sys.Manifest.Boot, string(testvm.UEFI)) {
+		efi, err := grub.MakeEFI(ctx, id)
+		if err != nil {
+			return c, err
+		}
+		add(stickEFI, int64(len(efi)), bytes.NewReader(efi))
+	}
 	add(stickMenu, int64(len(menuText)), bytes.NewReader(menuText))
 	add(stickManifest, int64(len(manifest)), bytes.NewReader(manifest))
 	for _, part := range []struct {

@@ -1,10 +1,10 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -20,6 +20,7 @@ import (
 	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/imagegen"
 	"github.com/memlinux/memlinux/media/stick"
+	"github.com/memlinux/memlinux/testvm"
 )
 
 func (s *Server) verify(c *call) ([]any, error) {
@@ -56,7 +57,8 @@ func (s *Server) startVerify(c *call, open func(*options) (*source, error)) ([]a
 	return s.start(c, api.KindVerify, phases, append(o.files, disk.file), func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		report := &api.Report{Kind: api.KindVerify, Target: disk.target}
 		j.Begin(phaseCheck)
-		if err := check(ctx, disk, report, j.Progress); err != nil {
+		m, err := check(ctx, disk, report, j.Progress)
+		if err != nil {
 			if ctx.Err() != nil {
 				return report, ctx.Err()
 			}
@@ -66,31 +68,30 @@ func (s *Server) startVerify(c *call, open func(*options) (*source, error)) ([]a
 			report.Verified = true
 			return report, nil
 		}
-		return report, s.prove(ctx, j, report, disk.file, report.System.ID)
+		return report, s.prove(ctx, j, report, disk.file, m)
 	})
 }
 
 // check reads a stick that memlinux wrote: its partition tables, its
 // filesystem, and every file that the manifest has a digest of.
-func check(ctx context.Context, disk *source, report *api.Report, progress func(done, total int64)) error {
+func check(ctx context.Context, disk *source, report *api.Report, progress func(done, total int64)) (api.Manifest, error) {
 	found, err := stick.Inspect(disk.file, disk.size, disk.sectorSize)
 	if err != nil {
-		return err
+		return api.Manifest{}, err
 	}
 	volume := grub.VolumeUUID(found.VolumeID)
 	report.Image = &api.Image{Size: disk.size, VolumeID: volume}
-	var m imagegen.Manifest
 	text, err := readSmall(found.FS(), stickManifest)
 	if err != nil {
-		return err
+		return api.Manifest{}, err
 	}
-	if err := json.Unmarshal(text, &m); err != nil {
-		return fmt.Errorf("%s: %w", stickManifest, err)
+	m, err := api.ParseManifest(bytes.NewReader(text))
+	if err != nil {
+		return m, fmt.Errorf("%s: %w", stickManifest, err)
 	}
-	report.System = &api.System{ID: m.ID, Cmdline: bootLine(m.Cmdline, m.ID), KernelRelease: m.Kernel.Release, KernelSource: m.Kernel.Source,
-		KernelSize: m.Kernel.Size, KernelSHA256: m.Kernel.SHA256, InitramfsSize: m.Initramfs.Size, InitramfsSHA256: m.Initramfs.SHA256}
+	report.System = reportSystem(m)
 	if id := imagegen.SystemID(m.Kernel.SHA256, m.Initramfs.SHA256, m.Cmdline); id != m.ID {
-		return fmt.Errorf("%s says build %s, but its digests make build %s: it was changed", stickManifest, m.ID, id)
+		return m, fmt.Errorf("%s says build %s, but its digests make build %s: it was changed", stickManifest, m.ID, id)
 	}
 	total := m.Kernel.Size + m.Initramfs.Size
 	var done int64
@@ -101,19 +102,28 @@ func check(ctx context.Context, disk *source, report *api.Report, progress func(
 		before := done
 		digest, n, err := digestFile(ctx, found.FS(), f.path, f.size, func(n int64) { progress(before+n, total) })
 		if err != nil {
-			return err
+			return m, err
 		}
 		if n != f.size || digest != f.digest {
-			return fmt.Errorf("%s is not what was written: sha256 %s of %d bytes, expected %s of %d; write the stick again", f.path, digest, n, f.digest, f.size)
+			return m, fmt.Errorf("%s is not what was written: sha256 %s of %d bytes, expected %s of %d; write the stick again", f.path, digest, n, f.digest, f.size)
 		}
 		done += n
 		report.Image.Bytes += n
 	}
-	return checkMenu(found.FS(), volume, report.System.Cmdline)
+	if err := checkMenu(found.FS(), volume, report.System.Cmdline); err != nil {
+		return m, err
+	}
+	if !slices.Contains(m.Boot, string(testvm.UEFI)) {
+		return m, nil
+	}
+	if _, err := fs.Stat(found.FS(), stickEFI); err != nil {
+		return m, fmt.Errorf("the boot loader for UEFI is missing: %w", err)
+	}
+	return m, nil
 }
 
 // checkMenu wants an entry that boots this volume's kernel with the command
-// line, and the boot loader that reads it.
+// line.
 func checkMenu(files fs.FS, volume, cmdline string) error {
 	text, err := readSmall(files, stickMenu)
 	if err != nil {
@@ -133,9 +143,6 @@ func checkMenu(files fs.FS, volume, cmdline string) error {
 		return fmt.Errorf("%s boots %s with %s, not memlinux's own files", stickMenu, kernel, entries[i].Initrd())
 	case !slices.Equal(strings.Fields(line), strings.Fields(cmdline)):
 		return fmt.Errorf("%s has the command line %q, expected %q", stickMenu, line, cmdline)
-	}
-	if _, err := fs.Stat(files, stickEFI); err != nil {
-		return fmt.Errorf("the boot loader for UEFI is missing: %w", err)
 	}
 	return nil
 }

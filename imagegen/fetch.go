@@ -19,6 +19,7 @@ type fetched struct {
 	Package debian.Package
 	Files   map[string]string // path in the package → SHA-256 in the cache
 	Modules string            // SHA-256 of the index of its kernel modules; "" if they were not taken
+	State   string            // of apt, when it said that this is the version to fetch
 }
 
 // taken is what was taken out of a package.
@@ -47,6 +48,13 @@ func (b *build) fetch(ctx context.Context, phase, name string, follow *regexp.Re
 	if b.store.Record("debian-"+name, &record) == nil {
 		old, haveOld = b.lookup(ctx, record, withModules)
 	}
+	state, err := b.g.Apt.State(ctx)
+	if err != nil {
+		return taken{}, fmt.Errorf("package %s: %w", name, err)
+	}
+	if haveOld && record.State == state {
+		return old, nil
+	}
 	p, err := b.resolve(ctx, name, follow)
 	updated := false
 	if errors.Is(err, debian.ErrNoCandidate) {
@@ -56,7 +64,11 @@ func (b *build) fetch(ctx context.Context, phase, name string, follow *regexp.Re
 		}
 	}
 	if err == nil && haveOld && old.from.SHA256 == p.SHA256 {
-		return old, nil
+		if !updated {
+			record.State = state
+			err = b.store.SetRecord("debian-"+name, record)
+		}
+		return old, err
 	}
 	if err == nil {
 		record, err = b.download(ctx, phase, p, withModules, patterns)

@@ -17,27 +17,44 @@ import (
 	"strings"
 	"time"
 
-	"github.com/memlinux/memlinux/imagegen/busybox"
+	"github.com/memlinux/memlinux/imagegen/budget"
 	"github.com/memlinux/memlinux/imagegen/cache"
 	"github.com/memlinux/memlinux/imagegen/debian"
 	"github.com/memlinux/memlinux/imagegen/initramfs"
+	"github.com/memlinux/memlinux/imagegen/kbuild"
+	"github.com/memlinux/memlinux/imagegen/manifest"
 	"github.com/memlinux/memlinux/imagegen/modules"
+	"github.com/memlinux/memlinux/imagegen/settings"
 )
 
 // Recipe says what to make. The zero value is a good one.
 type Recipe struct {
 	Kernel      KernelSource
-	Busybox     *os.File  // a static busybox; nil for the host's, else Debian's busybox-static
-	Modules     []string  // sets (modules.SetNames) or names of kernel modules; empty for modules.Default
-	Compression string    // "zstd", "gzip", "none", or "auto" or "" for the best that the kernel can unpack
-	Append      string    // more words for the kernel's command line
-	Epoch       time.Time // of everything in the initramfs; the zero Time is 1970
+	Busybox     BusyboxSource
+	Modules     []string              // sets (modules.SetNames) or names of kernel modules; empty for modules.Default
+	Microcode   string                // for "all" processors, those of this machine ("host") or "none", also ""
+	Settings    settings.Settings     // Guest is set by Rootfs
+	Payload     *os.File              // a tar of files that lie over all else; nil for none
+	Rootfs      *os.File              // a tar of a whole root tree, which takes busybox's place; nil for none
+	Compression initramfs.Compression // the Name may be "auto" or "" for the best that the kernel can unpack
+	Append      string                // more words for the kernel's command line
+	Boot        []string              // the firmwares that it is for: "bios", "uefi"; empty for both
+	RAM         int64                 // of the machine that it is for, in bytes; 0 where that is not known
+	Epoch       time.Time             // of everything in the initramfs; the zero Time is 1970
 }
 
 // KernelSource says where the kernel comes from. The zero value is auto: the
 // running kernel's file in /boot, else the newest one there, else Debian's
 // [DefaultKernelPackage].
 type KernelSource struct {
+	// Host leaves the last one out.
+	Host bool
+	// Source is compiled: from Base ("minimal" or "defconfig") or the whole
+	// Config, and Fragments over it.
+	Source    SourceCode
+	Base      string
+	Config    []byte
+	Fragments []kbuild.Fragment
 	// Debian is a package's name, fetched by apt and not installed.
 	Debian string
 	// File is an open bzImage, which is read by descriptor only.
@@ -50,26 +67,32 @@ type KernelSource struct {
 // DefaultKernelPackage is the Debian package of the kernel where /boot has none.
 const DefaultKernelPackage = "linux-image-cloud-amd64"
 
-// BusyboxPackage is the Debian package of the busybox where the host has no
-// static one.
-const BusyboxPackage = "busybox-static"
-
 // System is a kernel, an initramfs and a command line that belong together.
 type System struct {
 	ID        string // 16 hex digits of a digest over the three
 	Kernel    File
 	Initramfs File
 	Cmdline   string // without the memlinux.build=ID that a boot entry adds
-	Manifest  Manifest
+	Manifest  manifest.Manifest
 	Warnings  []string // sentences without full stop
 }
 
 // File is a file in the cache.
 type File = cache.File
 
-// Progress is told how far a phase, "kernel" or "initramfs", is in bytes. A
-// phase that first fetches, then unpacks modules and then copies counts each
-// from 0 with its own total; total is 0 while it is unknown.
+// The phases of a build. Only a kernel from source is unpacked and compiled.
+const (
+	PhaseKernel    = "kernel"
+	PhaseUnpack    = "unpack source"
+	PhaseCompile   = "compile kernel" // counts objects
+	PhaseBusybox   = "busybox"
+	PhaseMake      = "compile busybox" // counts objects
+	PhaseInitramfs = "initramfs"
+)
+
+// Progress is told how far a phase is in bytes, or in objects. A phase that
+// first fetches, then unpacks modules and then copies counts each from 0 with
+// its own total; total is 0 while it is unknown.
 type Progress func(phase string, done, total int64)
 
 // Generator makes systems. Several may share a cache, also across processes.
@@ -80,15 +103,8 @@ type Generator struct {
 	// Release is the running kernel's; "" to ask the running kernel.
 	Release string
 	Apt     debian.Apt
+	LogDir  string // where logs of compilations are kept, made when needed; "" for nowhere
 }
-
-// Consoles begins every command line. The kernel talks on all of them; the
-// last one is /dev/console, where a system that root= starts speaks: the screen
-// of a PC. A console without its hardware does not count.
-const Consoles = "console=ttyS0,115200 console=tty0"
-
-// buildWord is what a boot entry adds to the command line, here for its length.
-const buildWord = " memlinux.build=0123456789abcdef"
 
 // Errors that say whose fault it is that nothing was made; the message has the
 // sentence.
@@ -114,14 +130,15 @@ func (g Generator) Build(ctx context.Context, r Recipe, progress Progress) (*Sys
 	if progress == nil {
 		progress = func(string, int64, int64) {}
 	}
-	if err := r.validate(); err != nil {
+	if err := r.Validate(); err != nil {
 		return nil, unfit{ErrRecipe, err}
 	}
 	store, err := cache.Open(g.CacheDir)
 	if err != nil {
 		return nil, err
 	}
-	b := build{g: g, store: store, progress: progress}
+	b := &build{g: g, store: store, progress: progress}
+	defer b.close()
 	k, err := b.kernel(ctx, r.Kernel, len(modules.Sets(r.Modules)) > 0)
 	if err != nil {
 		return nil, err
@@ -130,33 +147,80 @@ func (g Generator) Build(ctx context.Context, r Recipe, progress Progress) (*Sys
 	if err != nil {
 		return nil, err
 	}
-	compression, err := b.check(k, selected, r.Compression)
-	if err != nil {
+	if r.Compression, err = b.check(k, selected, r.Compression); err != nil {
 		return nil, unfit{ErrKernel, err}
-	}
-	cmdline := strings.TrimSpace(Consoles + " " + r.Append)
-	if limit := k.image.CommandLine; len(cmdline)+len(buildWord) > limit {
-		return nil, unfit{ErrRecipe, fmt.Errorf("the command line has %d bytes and the kernel takes %d; shorten what is appended", len(cmdline)+len(buildWord), limit)}
 	}
 	box, err := b.busybox(ctx, r.Busybox)
 	if err != nil {
 		return nil, err
 	}
-	for _, applet := range initramfs.ModuleApplets {
-		if len(selected.Modules) > 0 && !slices.Contains(box.info.Applets, applet) {
-			return nil, unfit{ErrBusybox, fmt.Errorf("this busybox lacks the applet %s, by which /init loads modules; take another, or no modules (none)", applet)}
+	early, err := b.microcode(ctx, r.Microcode, k)
+	if err != nil {
+		return nil, err
+	}
+	c, err := b.compose(ctx, r, k, selected, box)
+	if err != nil {
+		return nil, err
+	}
+	cmdline := strings.TrimSpace(c.words + " " + r.Append)
+	if limit, longest := k.image.CommandLine, len(manifest.BootLine(cmdline, strings.Repeat("f", 16), 1<<30)); longest > limit {
+		return nil, unfit{ErrRecipe, fmt.Errorf("the command line has %d bytes and the kernel takes %d; shorten what is appended", longest, limit)}
+	}
+	for _, applet := range c.applets {
+		if !slices.Contains(box.info.Applets, applet) {
+			return nil, unfit{ErrBusybox, fmt.Errorf("this busybox lacks the applet %s, which this system needs; take another one", applet)}
 		}
 	}
-	return b.assemble(ctx, r, k, selected, box, compression, cmdline)
+	file, packed, err := b.pack(ctx, r, early, c)
+	if err != nil {
+		return nil, err
+	}
+	need := budget.Least(k.image, budget.Initramfs{Compressed: file.Size, Compression: r.Compression.Name, Ramfs: ramfs(k, r.Append),
+		Sizes: func(yield func(int64) bool) {
+			// The kernel unpacks the microcode, too.
+			if yield(early.Size()) {
+				budget.Sizes(c.tree)(yield)
+			}
+		}})
+	if err := fits(need, r.RAM, r.Boot); err != nil {
+		return nil, unfit{ErrRecipe, err}
+	}
+	s := &System{ID: SystemID(k.file.SHA256, file.SHA256, cmdline), Kernel: k.file, Initramfs: file, Cmdline: cmdline, Warnings: b.warnings}
+	s.Manifest = describe(s, r, k, selected, box, early, c, packed, need)
+	return s, nil
 }
 
-func (r Recipe) validate() error {
-	switch r.Compression {
-	case "", "auto", "zstd", "gzip", "none":
+// Validate checks all that can be known before anything is looked at.
+func (r Recipe) Validate() error {
+	if (r.Rootfs == nil) != (r.Settings.Guest == nil) {
+		return errors.New("settings for a guest are for a root tree, and a root tree wants such")
+	}
+	switch r.Compression.Name {
+	case "", "auto":
+		if r.Compression.Level != 0 {
+			return errors.New("a level needs a compression to be named: zstd or gzip")
+		}
+	case "zstd", "gzip", "none":
+		if err := r.Compression.Validate(); err != nil {
+			return err
+		}
 	default:
-		return fmt.Errorf("%q is no compression of the initramfs; use auto, zstd, gzip or none", r.Compression)
+		return fmt.Errorf("%q is no compression of the initramfs; use auto, zstd, gzip or none", r.Compression.Name)
 	}
 	if err := modules.Validate(r.Modules); err != nil {
+		return err
+	}
+	switch r.Microcode {
+	case "", "none", "host", "all":
+	default:
+		return fmt.Errorf("%q is no choice of microcode; use all, host or none", r.Microcode)
+	}
+	for _, firmware := range r.Boot {
+		if firmware != "bios" && firmware != "uefi" {
+			return fmt.Errorf("%q is no firmware to boot with; use bios and uefi", firmware)
+		}
+	}
+	if err := r.Settings.Validate(); err != nil {
 		return err
 	}
 	// A line break would begin a new line in the boot menu.
@@ -166,17 +230,61 @@ func (r Recipe) validate() error {
 		}
 	}
 	for _, word := range strings.Fields(r.Append) {
-		if strings.HasPrefix(word, "memlinux.build=") {
-			return errors.New("memlinux.build= on the command line is set by the boot entry; leave it out")
+		if strings.HasPrefix(word, "memlinux.") {
+			return fmt.Errorf("%s on the command line is set by the boot entry; leave it out", word)
 		}
 	}
-	if r.Kernel.Debian != "" && r.Kernel.File != nil {
-		return errors.New("the kernel can't come from a file and a package at once")
+	if err := r.Kernel.validate(); err != nil {
+		return err
 	}
-	if r.Kernel.Debian != "" && !debian.ValidName(r.Kernel.Debian) {
-		return fmt.Errorf("%q is not a Debian package name", r.Kernel.Debian)
+	return r.Busybox.validate()
+}
+
+// FromSource reports whether it is compiled.
+func (s KernelSource) FromSource() bool { return !s.Source.isZero() }
+
+func (s KernelSource) validate() error {
+	given := 0
+	for _, is := range []bool{s.Host, s.Debian != "", s.File != nil, !s.Source.isZero()} {
+		if is {
+			given++
+		}
 	}
-	return nil
+	switch {
+	case given > 1:
+		return errors.New("the kernel can come from one place only: this machine, a package, a file or source")
+	case s.Debian != "" && !debian.ValidName(s.Debian):
+		return fmt.Errorf("%q is not a Debian package name", s.Debian)
+	case s.Source.isZero():
+		if s.Base != "" || s.Config != nil || len(s.Fragments) > 0 {
+			return errors.New("a kernel's configuration is for one that is made from source; name its source, or leave the configuration out")
+		}
+		return nil
+	case (s.Base != "") == (s.Config != nil):
+		return errors.New("a kernel from source needs one configuration to begin with: minimal, defconfig or a file")
+	case s.Base != "" && s.Base != "minimal" && s.Base != "defconfig":
+		return fmt.Errorf("%q is no configuration to begin with; use minimal, defconfig or a file", s.Base)
+	}
+	return s.Source.validate("kernel")
+}
+
+// ramfs reports whether the kernel unpacks the initramfs into a file system that
+// no half of the memory limits (Linux init/do_mounts.c, init_rootfs).
+func ramfs(k kernelFile, words string) bool {
+	return k.config != nil && !k.config.BuiltIn("TMPFS") || slices.ContainsFunc(strings.Fields(words), func(w string) bool { return strings.HasPrefix(w, "root=") })
+}
+
+// fits says whether a system that needs so much can come up in ram bytes, where
+// that is known.
+func fits(need budget.Need, ram int64, boot []string) error {
+	least := need.BIOS
+	if !slices.Contains(boot, "bios") && len(boot) > 0 {
+		least = need.UEFI
+	}
+	if ram == 0 || ram >= int64(least)<<20 {
+		return nil
+	}
+	return fmt.Errorf("this system needs %d MiB of RAM to come up, and the machine that it is for has %d; leave something out", least, ram>>20)
 }
 
 // build is one run of Build.
@@ -185,71 +293,36 @@ type build struct {
 	store    *cache.Store
 	progress Progress
 	warnings []string
+	closers  []func() // of what the tree reads
 }
 
 func (b *build) warn(format string, args ...any) {
 	b.warnings = append(b.warnings, fmt.Sprintf(format, args...))
 }
 
-// assemble packs the initramfs and names the result.
-func (b *build) assemble(ctx context.Context, r Recipe, k kernelFile, selected *modules.Selection, box busyboxFile, compression, cmdline string) (*System, error) {
-	epoch := r.Epoch
-	if epoch.IsZero() {
-		epoch = time.Unix(0, 0)
+func (b *build) close() {
+	for _, c := range b.closers {
+		c()
 	}
-	content, err := os.Open(box.file.Path)
-	if err != nil {
-		return nil, fmt.Errorf("make initramfs: %w", err)
-	}
-	defer content.Close()
-	tree := initramfs.Base(content, box.file.Size)
-	if len(selected.Modules) > 0 {
-		archive, err := b.store.Open(k.library.Archive)
-		if err != nil {
-			return nil, fmt.Errorf("make initramfs: %w", err)
-		}
-		defer archive.Close()
-		loadable, err := moduleFiles(archive, selected)
-		if err != nil {
-			return nil, fmt.Errorf("make initramfs: %w", err)
-		}
-		tree = tree.With(loadable...)
-	}
-	staged, err := b.store.Stage()
-	if err != nil {
-		return nil, err
-	}
-	defer staged.Discard()
-	packed, err := initramfs.Pack(ctx, staged, tree, compression, epoch, func(done, total int64) { b.progress("initramfs", done, total) })
-	if err != nil {
-		return nil, err
-	}
-	file, err := staged.Commit(ctx)
-	if err != nil {
-		return nil, err
-	}
-	s := &System{ID: SystemID(k.file.SHA256, file.SHA256, cmdline), Kernel: k.file, Initramfs: file, Cmdline: cmdline, Warnings: b.warnings}
-	s.Manifest = manifest(s, r, k, selected, box, compression, packed, tree)
-	return s, nil
 }
 
 // check holds the kernel's configuration against what the system needs and
 // returns how the initramfs is to be compressed.
-func (b *build) check(k kernelFile, selected *modules.Selection, compression string) (string, error) {
-	auto := compression == "" || compression == "auto"
+func (b *build) check(k kernelFile, selected *modules.Selection, compression initramfs.Compression) (initramfs.Compression, error) {
+	auto := compression.Name == "" || compression.Name == "auto"
 	if k.config == nil {
 		b.warn("the configuration of kernel %s is not known (no CONFIG_IKCONFIG in it, no config-%s beside it), so it could not be checked", k.image.Release, k.image.Release)
 		if auto {
 			// Nearly every kernel of the last 20 years unpacks it.
-			compression = "gzip"
+			compression.Name = "gzip"
 		}
 		return compression, nil
 	}
 	if auto {
-		compression = k.config.Compression()
+		compression.Name = k.config.Compression()
 	}
 	var fatal []string
-	for _, f := range k.config.Check(compression, selected.Has) {
+	for _, f := range k.config.Check(compression.Name, selected.Has) {
 		if f.Fatal {
 			fatal = append(fatal, f.String())
 		} else {
@@ -257,73 +330,9 @@ func (b *build) check(k kernelFile, selected *modules.Selection, compression str
 		}
 	}
 	if fatal != nil {
-		return "", fmt.Errorf("kernel %s can't start a system in memory: %s", k.image.Release, strings.Join(fatal, "; "))
+		return compression, fmt.Errorf("kernel %s can't start a system in memory: %s", k.image.Release, strings.Join(fatal, "; "))
 	}
 	return compression, nil
-}
-
-// busyboxFile is a busybox that was inspected.
-type busyboxFile struct {
-	file File
-	info busybox.Info
-}
-
-func (b *build) busybox(ctx context.Context, f *os.File) (busyboxFile, error) {
-	if f != nil {
-		box, err := b.takeBusybox(ctx, f)
-		if err != nil {
-			return busyboxFile{}, unfit{ErrBusybox, fmt.Errorf("%s: %w", f.Name(), err)}
-		}
-		return box, nil
-	}
-	for _, path := range []string{"/bin/busybox", "/usr/bin/busybox"} {
-		host, err := os.Open(b.g.Root + path)
-		if err != nil {
-			continue
-		}
-		box, err := b.takeBusybox(ctx, host)
-		_ = host.Close()
-		if err == nil || ctx.Err() != nil {
-			return box, err
-		}
-	}
-	got, err := b.fetch(ctx, "initramfs", BusyboxPackage, nil, false, "bin/busybox", "usr/bin/busybox")
-	if err != nil {
-		return busyboxFile{}, unfit{ErrBusybox, fmt.Errorf("no static busybox on this machine, and Debian's could not be fetched: %w", err)}
-	}
-	for _, file := range got.files {
-		f, err := os.Open(file.Path)
-		if err != nil {
-			return busyboxFile{}, err
-		}
-		defer f.Close()
-		box, err := b.takeBusybox(ctx, f)
-		if err != nil {
-			return busyboxFile{}, unfit{ErrBusybox, fmt.Errorf("package %s: %w", BusyboxPackage, err)}
-		}
-		return box, nil
-	}
-	return busyboxFile{}, unfit{ErrBusybox, fmt.Errorf("no busybox is in Debian's %s", BusyboxPackage)}
-}
-
-// takeBusybox copies f into the cache and inspects the copy.
-func (b *build) takeBusybox(ctx context.Context, f *os.File) (busyboxFile, error) {
-	staged, err := b.take(ctx, f, busybox.MaxSize, nil)
-	if err != nil {
-		return busyboxFile{}, err
-	}
-	defer staged.Discard()
-	info, err := busybox.Inspect(staged, staged.Size())
-	if err != nil {
-		return busyboxFile{}, err
-	}
-	for _, applet := range initramfs.Applets {
-		if !slices.Contains(info.Applets, applet) {
-			return busyboxFile{}, fmt.Errorf("this busybox lacks the applet %s, which /init needs", applet)
-		}
-	}
-	file, err := staged.Commit(ctx)
-	return busyboxFile{file: file, info: info}, err
 }
 
 // take copies all of an open file into the cache: what is checked and hashed

@@ -19,6 +19,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/memlinux/memlinux/imagegen/debian/debiantest"
 	"github.com/memlinux/memlinux/imagegen/initramfs"
+	"github.com/memlinux/memlinux/imagegen/manifest"
 )
 
 // tinyKernel is a header without a kernel behind it.
@@ -155,7 +156,7 @@ func TestBusyboxFromDebian(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(ManifestBusybox{Version: "1.2.3", SHA256: s.Manifest.Busybox.SHA256, Applets: initramfs.Applets}, s.Manifest.Busybox); diff != "" {
+	if diff := cmp.Diff(manifest.Busybox{Version: "1.2.3", SHA256: s.Manifest.Busybox.SHA256, Source: "debian busybox-static 1:1.35", Applets: initramfs.Applets}, s.Manifest.Busybox); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -232,7 +233,7 @@ func TestBuildIsReproducible(t *testing.T) {
 		if strings.Contains(string(m), g.Root) || strings.Contains(string(m), g.CacheDir) {
 			t.Errorf("the manifest tells where it was made:\n%s", m)
 		}
-		if s.Cmdline != Consoles+" panic=5" || !regexp.MustCompile(`^[0-9a-f]{16}$`).MatchString(s.ID) {
+		if s.Cmdline != "console=ttyS0,115200 console=tty0 panic=5" || !regexp.MustCompile(`^[0-9a-f]{16}$`).MatchString(s.ID) {
 			t.Errorf("command line %q, ID %q", s.Cmdline, s.ID)
 		}
 	}
@@ -242,7 +243,7 @@ func TestBuildIsReproducible(t *testing.T) {
 	if !bytes.Equal(initramfses[0], initramfses[1]) {
 		t.Error("the initramfs differs")
 	}
-	var back Manifest
+	var back manifest.Manifest
 	if err := json.Unmarshal(manifests[0], &back); err != nil {
 		t.Fatal(err)
 	}
@@ -258,9 +259,9 @@ func TestEverythingIsInTheID(t *testing.T) {
 		"as it is":      {},
 		"command line":  {Append: "x"},
 		"date":          {Epoch: time.Unix(1, 0)},
-		"compression":   {Compression: "none"},
+		"compression":   {Compression: initramfs.Compression{Name: "none"}},
 		"kernel":        {Kernel: KernelSource{File: file(t, "k", tinyKernel("6.1.0-8", true))}},
-		"other busybox": {Busybox: file(t, "b", goodBusybox+"x")},
+		"other busybox": {Busybox: BusyboxSource{File: file(t, "b", goodBusybox+"x")}},
 	} {
 		s, err := g.Build(t.Context(), r, nil)
 		if err != nil {
@@ -300,7 +301,7 @@ func TestBuildRefuses(t *testing.T) {
 		kind error
 		want string
 	}{
-		{"a compression nobody knows", Recipe{Compression: "lzo"}, ErrRecipe, `"lzo" is no compression of the initramfs; use auto, zstd, gzip or none`},
+		{"a compression nobody knows", Recipe{Compression: initramfs.Compression{Name: "lzo"}}, ErrRecipe, `"lzo" is no compression of the initramfs; use auto, zstd, gzip or none`},
 		{"a line break, which would be a line of the menu", Recipe{Append: "a\nboot"}, ErrRecipe, `the character '\n'`},
 		{"a forged build", Recipe{Append: "a memlinux.build=0"}, ErrRecipe, "set by the boot entry"},
 		{"a command line the kernel would cut", Recipe{Append: strings.Repeat("x", 200)}, ErrRecipe, "and the kernel takes 255; shorten"},
@@ -312,10 +313,10 @@ func TestBuildRefuses(t *testing.T) {
 		{"vmlinux", Recipe{Kernel: KernelSource{File: file(t, "k", "\x7fELF")}}, ErrKernel, "not a bzImage"},
 		{"a 32-bit kernel", Recipe{Kernel: KernelSource{File: file(t, "k", tinyKernel("6.1.0-686", false))}}, ErrKernel, "kernel 6.1.0-686 is for i386, and memlinux makes amd64 systems"},
 		{"a kernel without initramfs", Recipe{Kernel: without("BLK_DEV_INITRD")}, ErrKernel, "CONFIG_BLK_DEV_INITRD is not set"},
-		{"a kernel without the chosen decompressor", Recipe{Kernel: without("RD_ZSTD"), Compression: "zstd"}, ErrKernel, "CONFIG_RD_ZSTD is not set"},
-		{"a dynamic busybox", Recipe{Busybox: file(t, "b", tinyBusybox(elf.PT_INTERP, initramfs.Applets))}, ErrBusybox, "dynamically linked (interpreter /lib64/ld.so)"},
-		{"a busybox without switch_root", Recipe{Busybox: file(t, "b", tinyBusybox(elf.PT_LOAD, initramfs.Applets[:15]))}, ErrBusybox, "lacks the applet"},
-		{"no busybox at all", Recipe{Busybox: file(t, "b", "#!/bin/sh")}, ErrBusybox, "not a program"},
+		{"a kernel without the chosen decompressor", Recipe{Kernel: without("RD_ZSTD"), Compression: initramfs.Compression{Name: "zstd"}}, ErrKernel, "CONFIG_RD_ZSTD is not set"},
+		{"a dynamic busybox", Recipe{Busybox: BusyboxSource{File: file(t, "b", tinyBusybox(elf.PT_INTERP, initramfs.Applets))}}, ErrBusybox, "dynamically linked (interpreter /lib64/ld.so)"},
+		{"a busybox without switch_root", Recipe{Busybox: BusyboxSource{File: file(t, "b", tinyBusybox(elf.PT_LOAD, initramfs.Applets[:15]))}}, ErrBusybox, "lacks the applet"},
+		{"no busybox at all", Recipe{Busybox: BusyboxSource{File: file(t, "b", "#!/bin/sh")}}, ErrBusybox, "not a program"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, err := g.Build(t.Context(), tc.r, nil)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/memlinux/memlinux/imagegen/kernel"
 	"github.com/memlinux/memlinux/imagegen/modules"
+	"github.com/memlinux/memlinux/imagegen/sandbox"
 	"golang.org/x/sys/unix"
 )
 
@@ -45,6 +46,13 @@ func (b *build) kernel(ctx context.Context, src KernelSource, withModules bool) 
 		return k, nil
 	case src.Debian != "":
 		return b.debianKernel(ctx, src.Debian, withModules)
+	case !src.Source.isZero():
+		k, err := b.sourceKernel(ctx, src, withModules)
+		var missing *sandbox.MissingError
+		if err != nil && ctx.Err() == nil && !errors.As(err, &missing) {
+			err = unfit{ErrKernel, err}
+		}
+		return k, err
 	}
 	boot := filepath.Join(b.g.Root, "/boot")
 	for _, name := range b.g.bootKernels(boot) {
@@ -59,6 +67,9 @@ func (b *build) kernel(ctx context.Context, src KernelSource, withModules bool) 
 			return k, err
 		}
 		// One for another machine, say; the next may be better.
+	}
+	if src.Host {
+		return kernelFile{}, unfit{ErrKernel, fmt.Errorf("no kernel for amd64 is in %s; name another source of it", boot)}
 	}
 	k, err := b.debianKernel(ctx, DefaultKernelPackage, withModules)
 	if err != nil {
@@ -113,7 +124,7 @@ func (b *build) bootKernel(ctx context.Context, boot, name string) (kernelFile, 
 // takeKernel copies the kernel f into the cache and reads what it is. beside
 // opens a file that lies beside it.
 func (b *build) takeKernel(ctx context.Context, f *os.File, source string, beside func(name string) (io.ReadCloser, error)) (kernelFile, error) {
-	staged, err := b.take(ctx, f, kernel.MaxSize, func(done, total int64) { b.progress("kernel", done, total) })
+	staged, err := b.take(ctx, f, kernel.MaxSize, func(done, total int64) { b.progress(PhaseKernel, done, total) })
 	if err != nil {
 		return kernelFile{}, err
 	}
@@ -149,7 +160,7 @@ func (b *build) takeKernel(ctx context.Context, f *os.File, source string, besid
 var releasePackage = regexp.MustCompile(`^linux-image-[0-9]`)
 
 func (b *build) debianKernel(ctx context.Context, name string, withModules bool) (kernelFile, error) {
-	got, err := b.fetch(ctx, "kernel", name, releasePackage, withModules, "boot/vmlinuz-*", "boot/config-*")
+	got, err := b.fetch(ctx, PhaseKernel, name, releasePackage, withModules, "boot/vmlinuz-*", "boot/config-*")
 	if err != nil {
 		return kernelFile{}, err
 	}

@@ -113,22 +113,7 @@ func (b *build) hostModules(ctx context.Context, k *kernelFile) error {
 		}
 	}
 	record.Fingerprint = fingerprint
-	record.Index, err = b.importModules(ctx, func(w *modules.Writer) (string, error) {
-		done := int64(0)
-		for _, name := range names {
-			content, err := readModule(filepath.Join(dir, name))
-			if err != nil {
-				return "", err
-			}
-			if err := w.Add(name, content); err != nil {
-				return "", err
-			}
-			done = min(done+int64(len(content)), total)
-			b.progress("kernel", done, total)
-		}
-		return k.image.Release, nil
-	})
-	if err != nil {
+	if record.Index, err = b.importFiles(ctx, dir, names, total, k.image.Release); err != nil {
 		return err
 	}
 	if err := b.store.SetRecord(name, record); err != nil {
@@ -224,15 +209,15 @@ func moduleFiles(archive io.ReaderAt, s *modules.Selection) ([]initramfs.Entry, 
 		return nil, fmt.Errorf("%q is no kernel release", s.Release)
 	}
 	var entries []initramfs.Entry
-	text := func(path string, b []byte) {
-		entries = append(entries, initramfs.Entry{Path: path, Mode: 0o644, Content: bytes.NewReader(b), Size: int64(len(b))})
+	text := func(path string, b []byte, why string) {
+		entries = append(entries, initramfs.Entry{Path: path, Mode: 0o644, Content: bytes.NewReader(b), Size: int64(len(b)), Why: "memlinux's own: " + why})
 	}
-	text(dir+"/modules.dep", s.Dep())
-	text(dir+"/modules.alias", s.Alias())
-	text(dir+"/modules.devname", s.Devname())
-	text("etc/filesystems", s.Filesystems())
+	text(dir+"/modules.dep", s.Dep(), "which modules a module needs, for modprobe")
+	text(dir+"/modules.alias", s.Alias(), "which modules a device needs, for modprobe")
+	text(dir+"/modules.devname", s.Devname(), "device nodes that load their module")
+	text("etc/filesystems", s.Filesystems(), "the order in which mount tries file systems")
 	for _, m := range s.Modules {
-		entries = append(entries, initramfs.Entry{Path: dir + "/" + m.Path, Mode: 0o644, Content: r.Open(m), Size: m.Size})
+		entries = append(entries, initramfs.Entry{Path: dir + "/" + m.Path, Mode: 0o644, Content: r.Open(m), Size: m.Size, SHA256: m.SHA256, Why: "module " + m.Name() + " of the kernel"})
 	}
 	return entries, nil
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/memlinux/memlinux/imagegen/initramfs"
+	"github.com/memlinux/memlinux/imagegen/manifest"
 	"github.com/memlinux/memlinux/imagegen/modules/modulestest"
 )
 
@@ -79,7 +80,7 @@ func TestModulesOfTheHost(t *testing.T) {
 			t.Errorf("%q: %q, want %q; warnings %q", choice, got, want, s.Warnings)
 		}
 	}
-	if diff := cmp.Diff(ManifestModules{Sets: []string{"disk", "filesystems", "input", "usb-storage"}, Count: 4, Firmware: []string{"apple.fw"}}, build().Manifest.Modules); diff != "" {
+	if diff := cmp.Diff(manifest.Modules{Sets: []string{"disk", "filesystems", "input", "usb-storage"}, Count: 4, Firmware: []string{}, MissingFirmware: []string{"apple.fw"}}, build().Manifest.Modules); diff != "" {
 		t.Error(diff)
 	}
 	// A changed module is imported anew, as an added one is.
@@ -136,7 +137,7 @@ func TestModulesRefused(t *testing.T) {
 		{"a module of a kernel file", Recipe{Modules: []string{"disk", "e1000"}, Kernel: kernelFile}, ErrRecipe, "the module e1000 can't be had: no modules of kernel 6.1.0-8 are known"},
 		{"a dependency that is nowhere", Recipe{Modules: []string{"dummy"}}, ErrKernel, "module nothere, which dummy depends on, is missing"},
 		{"a broken module", Recipe{Modules: []string{"xfs"}}, ErrKernel, "(kernel/fs/xfs.ko) can't be used: it is no module"},
-		{"a busybox that can't load modules", Recipe{Busybox: file(t, "b", goodBusybox)}, ErrBusybox, "lacks the applet find, by which /init loads modules"},
+		{"a busybox that can't load modules", Recipe{Busybox: BusyboxSource{File: file(t, "b", goodBusybox)}}, ErrBusybox, "lacks the applet find, which this system needs"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, err := g.Build(t.Context(), tc.r, nil)

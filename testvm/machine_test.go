@@ -133,7 +133,7 @@ func TestMissingQEMUNamesThePackage(t *testing.T) {
 	}
 	m := Machine{Firmware: BIOS, Disk: open(t, image, os.O_RDONLY), DiskSize: 512, SectorSize: 512, Bus: USB, Dir: t.TempDir()}
 	t.Setenv("PATH", "")
-	_, proveErr := Prove(t.Context(), m, "x", nil)
+	_, proveErr := Prove(t.Context(), m, Expect{Build: "x"}, nil)
 	_, startErr := Start(t.Context(), m)
 	for call, err := range map[string]error{"Check": Check(UEFI), "Prove": proveErr, "Start": startErr} {
 		var missing *MissingError
@@ -153,7 +153,7 @@ func TestBIOSSkipsLargeSectors(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := Machine{Firmware: BIOS, Disk: open(t, image, os.O_RDONLY), DiskSize: 4096, SectorSize: 4096, Bus: USB, Dir: t.TempDir()}
-	v, err := Prove(t.Context(), m, "x", nil)
+	v, err := Prove(t.Context(), m, Expect{Build: "x"}, nil)
 	if err != nil || v.OK || !v.Skipped || v.Reason == "" {
 		t.Errorf("verdict %+v, error %v", v, err)
 	}

@@ -173,7 +173,7 @@ func TestProveBoots(t *testing.T) {
 			m := diskMachine(t, c.fw, c.bus, path, c.sector)
 			before := state(t, path)
 			var stages []string
-			v, err := Prove(t.Context(), m, testBuild, func(s string) { stages = append(stages, s) })
+			v, err := Prove(t.Context(), m, Expect{Build: testBuild, Shell: true}, func(s string) { stages = append(stages, s) })
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -191,7 +191,7 @@ func TestProveKernel(t *testing.T) {
 			t.Parallel()
 			m := directKernel(t, "")
 			m.Firmware = fw
-			v, err := Prove(t.Context(), m, testBuild, nil)
+			v, err := Prove(t.Context(), m, Expect{Build: testBuild, Shell: true}, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -216,7 +216,7 @@ func TestProveSaysWhyNot(t *testing.T) {
 			t.Parallel()
 			m := c.machine(t)
 			begin := time.Now()
-			v, err := Prove(t.Context(), m, "other", nil)
+			v, err := Prove(t.Context(), m, Expect{Build: "other"}, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -261,7 +261,7 @@ func TestCancelLeavesNothing(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			begin := time.Now()
-			_, err := Prove(ctx, m, testBuild, func(s string) {
+			_, err := Prove(ctx, m, Expect{Build: testBuild, Shell: true}, func(s string) {
 				if s == at {
 					begin = time.Now()
 					cancel()

@@ -50,11 +50,12 @@ type progressEvent struct {
 	Bytes    uint64  `json:"bytes"`
 	Total    uint64  `json:"total"`
 	Rate     uint64  `json:"rate"`
+	Unit     string  `json:"unit"`
 }
 
 func (v *jsonView) update(j api.Job) {
 	if j.State == api.StateRunning && j.Phase != "" {
-		_ = v.out.Encode(progressEvent{"progress", j.ID, j.Phase, j.Progress, j.Bytes, j.Total, j.Rate})
+		_ = v.out.Encode(progressEvent{"progress", j.ID, j.Phase, j.Progress, j.Bytes, j.Total, j.Rate, j.Unit})
 	}
 }
 
@@ -95,7 +96,7 @@ func (v *lineView) print(outcome string) {
 		fmt.Fprintf(v.out, "%s:%s %s\n", v.job.Phase, outcome, seconds(took))
 		return
 	}
-	fmt.Fprintf(v.out, "%s:%s %s in %s (%s)\n", v.job.Phase, outcome, size(v.job.Bytes), seconds(took), rate(float64(v.job.Bytes)/took.Seconds()))
+	fmt.Fprintf(v.out, "%s:%s %s in %s (%s)\n", v.job.Phase, outcome, amount(v.job, v.job.Bytes), seconds(took), rate(v.job, float64(v.job.Bytes)/took.Seconds()))
 }
 
 func (v *lineView) end(ok bool) {
@@ -141,12 +142,12 @@ func (s *shown) text(decor.Statistics) string {
 	case j.Bytes == 0:
 		return seconds(took)
 	case done || j.Total == 0:
-		return fmt.Sprintf("%s  %s  %s", size(j.Bytes), rate(float64(j.Bytes)/max(took.Seconds(), 0.001)), seconds(took))
+		return fmt.Sprintf("%s  %s  %s", amount(j, j.Bytes), rate(j, float64(j.Bytes)/max(took.Seconds(), 0.001)), seconds(took))
 	case j.Rate == 0:
-		return fmt.Sprintf("%s of %s", size(j.Bytes), size(j.Total))
+		return fmt.Sprintf("%s of %s", amount(j, j.Bytes), amount(j, j.Total))
 	}
 	left := time.Duration(float64(j.Total-min(j.Bytes, j.Total)) / float64(j.Rate) * float64(time.Second))
-	return fmt.Sprintf("%s of %s  %s  %s left", size(j.Bytes), size(j.Total), rate(float64(j.Rate)), seconds(left))
+	return fmt.Sprintf("%s of %s  %s  %s left", amount(j, j.Bytes), amount(j, j.Total), rate(j, float64(j.Rate)), seconds(left))
 }
 
 func (v *barView) update(j api.Job) {
@@ -197,7 +198,20 @@ func (v *barView) end(ok bool) {
 
 func size[T int64 | uint64](n T) string { return humanize.IBytes(uint64(n)) }
 
-func rate(perSecond float64) string { return humanize.IBytes(uint64(perSecond)) + "/s" }
+// amount is n in what the job's progress counts.
+func amount(j api.Job, n uint64) string {
+	if j.Unit == api.UnitObjects {
+		return plural(int(n), "object")
+	}
+	return size(n)
+}
+
+func rate(j api.Job, perSecond float64) string {
+	if j.Unit == api.UnitObjects {
+		return fmt.Sprintf("%.0f/s", perSecond)
+	}
+	return size(uint64(perSecond)) + "/s"
+}
 
 func seconds(d time.Duration) string {
 	if d < time.Minute {

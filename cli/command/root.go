@@ -22,6 +22,7 @@ var Version = "devel"
 type global struct {
 	private bool
 	json    bool
+	notes   []string // sentences about what this side collected, for the report
 }
 
 // Main runs memlinux and returns its exit code.
@@ -54,7 +55,7 @@ or into a file, reads it back and proves in a virtual machine that it boots.`,
 		RunE:    func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	prepare(root, g)
-	root.AddCommand(newWrite(g), newBuild(g), newVerify(g), newVM(g), newDevices(g), newJobs(g), newVersion(g))
+	root.AddCommand(newWrite(g), newBuild(g), newExplain(g), newDiff(g), newVerify(g), newVM(g), newDevices(g), newJobs(g), newRecipe(g), newVersion(g))
 	return root
 }
 
@@ -108,7 +109,10 @@ func oneTarget(_ *cobra.Command, a []string) error {
 // called with the ended job before its report is printed, to keep or drop what
 // the job made; it returns what was kept.
 func (g *global) job(ctx context.Context, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(api.Job) (string, error)) error {
-	job, output, err := g.follow(ctx, start, finish)
+	job, output, err := g.follow(ctx, os.Stdout, start, finish)
+	if job.Report != nil {
+		job.Report.Warnings = append(job.Report.Warnings, g.notes...)
+	}
 	if g.json {
 		return errors.Join(err, printJSONReport(os.Stdout, job, output, err))
 	}
@@ -118,7 +122,8 @@ func (g *global) job(ctx context.Context, start func(context.Context, *client.Cl
 	return err
 }
 
-func (g *global) follow(ctx context.Context, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(api.Job) (string, error)) (job api.Job, output string, err error) {
+// follow starts a job and follows it to its end, with its progress on out.
+func (g *global) follow(ctx context.Context, out *os.File, start func(context.Context, *client.Client) (dbus.ObjectPath, error), finish func(api.Job) (string, error)) (job api.Job, output string, err error) {
 	c, err := client.Connect(ctx, g.private)
 	if err != nil {
 		return job, "", err
@@ -128,7 +133,7 @@ func (g *global) follow(ctx context.Context, start func(context.Context, *client
 	if err != nil {
 		return job, "", err
 	}
-	v := newView(ctx, os.Stdout, g.json)
+	v := newView(ctx, out, g.json)
 	job, err = c.Follow(ctx, path, v.update)
 	v.end(err == nil && (job.State == api.StateSucceeded || job.Error == api.ErrVerification))
 	if err == nil && job.State != api.StateSucceeded {

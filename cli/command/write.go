@@ -24,7 +24,7 @@ import (
 )
 
 type writeFlags struct {
-	recipe
+	systemFlags
 	yes, force, noBootTest bool
 	size                   string
 }
@@ -66,7 +66,7 @@ func (g *global) write(ctx context.Context, w *writeFlags, target string) error 
 	if t.device != "" && (w.force || w.size != "") {
 		return usagef("--force and --size are for a file; %s is a device", target)
 	}
-	o, err := w.open()
+	o, err := w.open(ctx, g, os.Stdout)
 	if err != nil {
 		return err
 	}

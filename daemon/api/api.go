@@ -36,16 +36,37 @@ const (
 // stand in arrays or structures of their own type (ah, a{sh}): godbus v5.2.4
 // panics as it decodes them.
 const (
-	OptKernel          = "kernel"            // s: auto or debian:PACKAGE; h: an open kernel file
-	OptKernelConfigs   = "kernel-configs"    // a{sv} of h: config-* files that lie beside the kernel file, by name
-	OptModules         = "modules"           // as: sets of kernel modules, or names of modules; empty is the standard
-	OptBusybox         = "busybox"           // h: a static busybox
-	OptCompression     = "compression"       // s: auto, zstd, gzip or none
-	OptAppend          = "append"            // s: more kernel command line
-	OptSourceDateEpoch = "source-date-epoch" // t: seconds since 1970, the time of every file in the result
-	OptFiles           = "files"             // a{sv} of h: files that Build writes its results into, by the names below
-	OptSize            = "size"              // t: bytes of the image that goes into a file; 0 is the least that fits
-	OptBootTest        = "boot-test"         // b: boot what was written (true)
+	// What system to make. The recipe says it; an option that is given, too,
+	// wins over the recipe's key of that name.
+	OptRecipe           = "recipe"            // s: the text of a recipe file (daemon/api/recipe)
+	OptKernel           = "kernel"            // s: auto, host, debian:PACKAGE, debian-source:VERSION, source:URL; h: an open kernel file
+	OptKernelConfigs    = "kernel-configs"    // a{sv} of h: config-* files that lie beside the kernel file, by name
+	OptKernelSource     = "kernel-source"     // h: a tar of a kernel's source, also compressed, instead of kernel
+	OptKernelConfig     = "kernel-config"     // s: minimal or defconfig; h: an open .config
+	OptKernelFragments  = "kernel-fragments"  // a{sv} of h: fragments of a configuration, by name; merged in the order of their names
+	OptKernelSHA256     = "kernel-sha256"     // s: that the source must have, hex
+	OptKernelKeyring    = "kernel-keyring"    // h: OpenPGP keys, one of which must have signed the source's plain tar
+	OptKernelSignature  = "kernel-signature"  // h: the signature; without it, it is fetched from beside the URL
+	OptModules          = "modules"           // as: sets of kernel modules, or names of modules; empty is the standard
+	OptMicrocode        = "microcode"         // s: none, host or all
+	OptBusybox          = "busybox"           // s: auto, host, debian, debian-source, source:URL; h: an open static busybox
+	OptBusyboxSource    = "busybox-source"    // h: a tar of busybox's source, also compressed, instead of busybox
+	OptBusyboxFragments = "busybox-fragments" // a{sv} of h: as kernel-fragments
+	OptBusyboxSHA256    = "busybox-sha256"    // s: that the source must have, hex
+	OptPayload          = "payload"           // h: a tar of the recipe's programs, files and overlays
+	OptRootfs           = "rootfs"            // h: a tar of the whole root
+	OptRootfsCommand    = "rootfs-command"    // as: what an image of a container runs
+	OptRootfsEnv        = "rootfs-env"        // as: NAME=VALUE, with what
+	OptRootfsDir        = "rootfs-dir"        // s: and where
+	OptRootfsUser       = "rootfs-user"       // s: and as whom
+	OptCompression      = "compression"       // s: auto, zstd, gzip or none
+	OptAppend           = "append"            // s: more kernel command line
+	OptRAM              = "ram"               // t: bytes of RAM of the machine that it is for; 0: not known
+	OptSourceDateEpoch  = "source-date-epoch" // t: seconds since 1970, the time of every file in the result
+
+	OptFiles    = "files"     // a{sv} of h: files that Build writes its results into, by the names below
+	OptSize     = "size"      // t: bytes of the image that goes into a file; 0 is the least that fits
+	OptBootTest = "boot-test" // b: boot what was written (true)
 
 	OptDevice   = "device"   // o: the disk a virtual machine boots
 	OptFile     = "file"     // h: the disk image a virtual machine boots
@@ -74,6 +95,12 @@ const (
 	StateSucceeded = "succeeded"
 	StateFailed    = "failed"
 	StateCancelled = "cancelled"
+)
+
+// What a job's progress counts.
+const (
+	UnitBytes   = "bytes"
+	UnitObjects = "objects" // files that were compiled
 )
 
 // Job kinds.

@@ -158,6 +158,7 @@ func (j Job) Properties() Properties {
 		"Bytes":      dbus.MakeVariant(j.Bytes),
 		"Total":      dbus.MakeVariant(j.Total),
 		"Rate":       dbus.MakeVariant(j.Rate),
+		"Unit":       dbus.MakeVariant(j.Unit),
 		"Message":    dbus.MakeVariant(j.Message),
 		"Result":     dbus.MakeVariant(j.Result()),
 	}
@@ -187,7 +188,7 @@ func (j *Job) Update(p Properties) error {
 	var result Properties
 	if err := loadAll(p, field{"Id", &j.ID}, field{"Kind", &j.Kind}, field{"Owner", &j.Owner}, field{"Cancelable", &j.Cancelable},
 		field{"State", &j.State}, field{"Phase", &j.Phase}, field{"Progress", &j.Progress}, field{"Bytes", &j.Bytes},
-		field{"Total", &j.Total}, field{"Rate", &j.Rate}, field{"Message", &j.Message}, field{"Result", &result}); err != nil {
+		field{"Total", &j.Total}, field{"Rate", &j.Rate}, field{"Unit", &j.Unit}, field{"Message", &j.Message}, field{"Result", &result}); err != nil {
 		return fmt.Errorf("job: %w", err)
 	}
 	var text string

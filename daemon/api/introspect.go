@@ -124,6 +124,7 @@ const (
     <property name="Bytes" type="t" access="read"/>
     <property name="Total" type="t" access="read"/>
     <property name="Rate" type="t" access="read"/>
+    <property name="Unit" type="s" access="read"/>
     <property name="Message" type="s" access="read"/>
     <property name="Result" type="a{sv}" access="read"/>
   </interface>

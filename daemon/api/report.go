@@ -35,6 +35,8 @@ type System struct {
 	KernelSHA256    string `json:"kernel_sha256"`
 	InitramfsSize   int64  `json:"initramfs_size"`
 	InitramfsSHA256 string `json:"initramfs_sha256"`
+	MemoryBIOS      int    `json:"memory_bios_mib"` // the least RAM it comes up in, in MiB
+	MemoryUEFI      int    `json:"memory_uefi_mib"`
 }
 
 // Image is the disk image that was written or found.
@@ -119,9 +121,10 @@ type Job struct {
 	State      string  `json:"state"`
 	Phase      string  `json:"phase"`
 	Progress   float64 `json:"progress"` // of the whole job, 0 to 1; 1 only when it succeeded
-	Bytes      uint64  `json:"bytes"`    // done in this phase
+	Bytes      uint64  `json:"bytes"`    // done in this phase; or another Unit
 	Total      uint64  `json:"total"`    // of this phase; 0 if unknown
-	Rate       uint64  `json:"rate"`     // bytes per second
+	Rate       uint64  `json:"rate"`     // per second
+	Unit       string  `json:"unit"`     // of these three: bytes or objects
 	Message    string  `json:"message,omitempty"`
 	Error      string  `json:"error,omitempty"` // the name of the error that ended it
 	Report     *Report `json:"report,omitempty"`

@@ -32,6 +32,7 @@ const MaxRunning = 8
 type Phase struct {
 	Name   string
 	Weight float64
+	Unit   string // what its progress counts; "" for [api.UnitBytes]
 }
 
 // Events is told what happens to jobs. Calls for one job come one after the
@@ -41,6 +42,13 @@ type Events interface {
 	JobChanged(api.Job)   // Phase, Progress, Bytes, Total or Rate changed
 	JobCompleted(api.Job) // the job has ended; its state and result are final
 	JobRemoved(id string)
+}
+
+func (p Phase) unit() string {
+	if p.Unit == "" {
+		return api.UnitBytes
+	}
+	return p.Unit
 }
 
 // Registry holds the jobs of one daemon, and what it found of others' in the
@@ -228,7 +236,7 @@ func (r *Registry) Start(kind string, owner uint32, phases []Phase, run Run) (*J
 	j := &Job{registry: r, phases: phases, cancel: cancel, done: make(chan struct{}), started: time.Now(),
 		state: api.Job{ID: newID(), Kind: kind, Owner: owner, Cancelable: true, State: api.StateRunning}}
 	if len(phases) > 0 {
-		j.state.Phase = phases[0].Name
+		j.state.Phase, j.state.Unit = phases[0].Name, phases[0].unit()
 	}
 	if err := r.add(j); err != nil {
 		cancel()
@@ -328,7 +336,12 @@ func (j *Job) Begin(phase string) {
 		return
 	}
 	j.tell(false)
-	j.state.Phase, j.state.Bytes, j.state.Total, j.state.Rate = phase, 0, 0, 0
+	j.state.Phase, j.state.Unit, j.state.Bytes, j.state.Total, j.state.Rate = phase, api.UnitBytes, 0, 0, 0
+	for _, p := range j.phases {
+		if p.Name == phase {
+			j.state.Unit = p.unit()
+		}
+	}
 	j.meter = meter{}
 	j.state.Progress = max(j.state.Progress, j.before(phase))
 	// So that after a crash it is known where. What can't be stored does not
@@ -356,8 +369,8 @@ func (j *Job) before(phase string) float64 {
 	return done / sum
 }
 
-// Progress says how many bytes of the phase are done, of how many (0: not
-// known).
+// Progress says how many bytes, or what the phase's unit is, are done, of how
+// many (0: not known).
 func (j *Job) Progress(done, total int64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()

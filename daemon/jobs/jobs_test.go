@@ -48,7 +48,7 @@ func await(t *testing.T, j *Job) api.Job {
 	return j.Snapshot()
 }
 
-var twoPhases = []Phase{{"write", 3}, {"read back", 1}}
+var twoPhases = []Phase{{Name: "write", Weight: 3}, {Name: "read back", Weight: 1}}
 
 func TestProgressGrowsAndReachesOneOnlyAtTheEnd(t *testing.T) {
 	r, rec := open(t, t.TempDir(), time.Minute)

@@ -138,13 +138,19 @@ func (st *Staged) ReadAt(p []byte, off int64) (int, error) { return st.f.ReadAt(
 // Size is the number of bytes written so far.
 func (st *Staged) Size() int64 { return st.size }
 
+// SHA256 is that of what was written so far, hex.
+func (st *Staged) SHA256() string { return hex.EncodeToString(st.hash.Sum(nil)) }
+
+// File is the file itself, for a program that needs one. It ends with Discard.
+func (st *Staged) File() *os.File { return st.f }
+
 // Commit makes the file durable and puts it in the store. When a file with the
 // same bytes is there already, that one stays.
 func (st *Staged) Commit(ctx context.Context) (File, error) {
 	if st.done {
 		return File{}, errors.New("commit to cache: the file is committed or discarded already")
 	}
-	sha := hex.EncodeToString(st.hash.Sum(nil))
+	sha := st.SHA256()
 	if f, err := st.store.Lookup(ctx, sha); err == nil {
 		st.Discard()
 		return f, nil

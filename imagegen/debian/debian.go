@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/user"
@@ -115,6 +116,39 @@ func parsePackage(paragraph []byte) (Package, error) {
 		return Package{}, ErrNoCandidate
 	}
 	return p, nil
+}
+
+// State is a digest over what apt's answers depend on, its lists and its
+// configuration: while it stays the same, so do they. To take it is much
+// quicker than to ask apt.
+func (a Apt) State(ctx context.Context) (string, error) {
+	out, err := a.run(ctx, "", "apt-config", "shell", "lists", "Dir::State::lists/d", "etc", "Dir::Etc/d", "sources", "Dir::Etc::sourcelist/f")
+	if err != nil {
+		return "", err
+	}
+	h := sha256.New()
+	for line := range strings.Lines(string(out)) {
+		_, dir, _ := strings.Cut(strings.TrimSpace(line), "=")
+		dir = strings.Trim(dir, "'")
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) || err == nil && d.IsDir() {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			info, err := d.Info()
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(h, "%q %d %d\n", path, info.Size(), info.ModTime().UnixNano())
+			return nil
+		})
+		if err != nil {
+			return "", fmt.Errorf("look at apt's lists: %w", err)
+		}
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
 // Update makes apt fetch its lists anew. It needs root and the network.

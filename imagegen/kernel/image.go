@@ -21,6 +21,10 @@ type Image struct {
 	Arch        string // "x86_64" or "i386"
 	CommandLine int    // the longest command line it takes, in bytes without the NUL
 
+	LoadSize    int64 // bytes of the file that a boot loader puts into memory: all but the setup code
+	LoadAddress int64 // where in memory it unpacks itself, in bytes; above, if there is no room
+	InitSize    int64 // bytes of memory from there on that it needs until it is unpacked
+
 	payloadOffset, payloadLength int64 // the compressed vmlinux in the file
 }
 
@@ -38,7 +42,9 @@ const (
 	offCmdlineSize    = 0x238
 	offPayloadOffset  = 0x248
 	offPayloadLength  = 0x24c
-	headerEnd         = 0x250
+	offPrefAddress    = 0x258
+	offInitSize       = 0x260
+	headerEnd         = 0x264
 	loadedHigh        = 1 << 0 // of LoadFlags: bzImage, not zImage
 	xlfKernel64       = 1 << 0 // of XLoadFlags: has a 64-bit entry point
 	minProtocol       = 0x20c  // the first with XLoadFlags: Linux 3.8
@@ -72,7 +78,15 @@ func ParseImage(r io.ReaderAt, size int64) (Image, error) {
 	if head[offLoadFlags]&loadedHigh == 0 {
 		return Image{}, fmt.Errorf("%w: a zImage", ErrNotBzImage)
 	}
-	im := Image{Arch: "i386", CommandLine: int(le.Uint32(head[offCmdlineSize:]))}
+	im := Image{
+		Arch: "i386", CommandLine: int(le.Uint32(head[offCmdlineSize:])),
+		LoadSize: int64(le.Uint32(head[offSysSize:])) * 16, InitSize: int64(le.Uint32(head[offInitSize:])),
+	}
+	address := le.Uint64(head[offPrefAddress:])
+	if address >= 1<<32 {
+		return Image{}, fmt.Errorf("the kernel's header has the load address %#x, which no boot loader can reach", address)
+	}
+	im.LoadAddress = int64(address)
 	if le.Uint16(head[offXLoadFlags:])&xlfKernel64 != 0 {
 		im.Arch = "x86_64"
 	}
@@ -83,7 +97,7 @@ func ParseImage(r io.ReaderAt, size int64) (Image, error) {
 	}
 	code := (setup + 1) * sectorSize
 	// The field counts 16-byte paragraphs, rounded up.
-	end := code + int64(le.Uint32(head[offSysSize:]))*16
+	end := code + im.LoadSize
 	if size < end-15 {
 		return Image{}, fmt.Errorf("the kernel is cut short: its header speaks of %d bytes, the file has %d; copy it again", end, size)
 	}

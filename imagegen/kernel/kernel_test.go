@@ -36,6 +36,8 @@ func bzImage(payload []byte, change func(head []byte)) []byte {
 	le.PutUint16(head[offXLoadFlags:], xlfKernel64)
 	le.PutUint32(head[offCmdlineSize:], 2047)
 	le.PutUint32(head[offPayloadLength:], uint32(len(payload)))
+	le.PutUint64(head[offPrefAddress:], 16<<20)
+	le.PutUint32(head[offInitSize:], 21<<20)
 	copy(head[0x300:], "6.1.0-7-test (me@here) #1 SMP\x00")
 	if change != nil {
 		change(head)
@@ -53,7 +55,7 @@ func TestParseImage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Image{Release: "6.1.0-7-test", Version: "6.1.0-7-test (me@here) #1 SMP", Arch: "x86_64", CommandLine: 2047, payloadOffset: 2560, payloadLength: 8}
+	want := Image{Release: "6.1.0-7-test", Version: "6.1.0-7-test (me@here) #1 SMP", Arch: "x86_64", CommandLine: 2047, LoadSize: 16, LoadAddress: 16 << 20, InitSize: 21 << 20, payloadOffset: 2560, payloadLength: 8}
 	if diff := cmp.Diff(want, im, cmp.AllowUnexported(Image{})); diff != "" {
 		t.Error(diff)
 	}
@@ -80,6 +82,7 @@ func TestParseImage(t *testing.T) {
 		{"a zImage", bzImage(nil, func(h []byte) { h[offLoadFlags] = 0 }), true, "zImage"},
 		{"a boot sector", bzImage(nil, func(h []byte) { copy(h[offMagic:], "xxxx") }), true, "header"},
 		{"Linux 2.6", bzImage(nil, func(h []byte) { le.PutUint16(h[offProtocol:], 0x20a) }), false, "too old: its boot protocol is 2.10"},
+		{"a load address above 4 GiB", bzImage(nil, func(h []byte) { le.PutUint64(h[offPrefAddress:], 1<<32) }), false, "load address"},
 		{"half a copy", bzImage(make([]byte, 4096), nil)[:4096], false, "cut short"},
 		{"no version", bzImage(nil, func(h []byte) { le.PutUint16(h[offKernelVersion:], 0) }), false, "no version"},
 		{"a version outside the file", bzImage(nil, func(h []byte) { le.PutUint16(h[offKernelVersion:], 0xfff0) }), false, "which is none"},

@@ -1,0 +1,306 @@
+package imagegen
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/memlinux/memlinux/imagegen/cache"
+	"github.com/memlinux/memlinux/imagegen/debian"
+	"github.com/memlinux/memlinux/imagegen/kbuild"
+	"github.com/memlinux/memlinux/imagegen/tarball"
+)
+
+// SourceCode says where the source code of a program comes from: one of File,
+// URL and Debian.
+type SourceCode struct {
+	File   *os.File // a tar, also compressed
+	URL    string   // of a tar, by http or https; then SHA256 or Keyring must be there
+	Debian string   // a package that has the tar in usr/src, such as linux-source-6.1
+
+	SHA256    string   // that the file must have, hex; "" for any
+	Keyring   *os.File // of OpenPGP: one of its keys must have signed the plain tar; nil for none
+	Signature *os.File // by which it was signed; nil: beside URL
+}
+
+// maxSource bounds a tar of source code, in bytes: that of an unpacked Linux
+// with its history left out has 1.5 GiB.
+const maxSource = 4 << 30
+
+func (s SourceCode) isZero() bool { return s.File == nil && s.URL == "" && s.Debian == "" }
+
+func (s SourceCode) validate(what string) error {
+	if s.SHA256 != "" {
+		if b, err := hex.DecodeString(s.SHA256); err != nil || len(b) != sha256.Size {
+			return fmt.Errorf("%q is no SHA-256, which has 64 hex digits", s.SHA256)
+		}
+	}
+	if s.Signature != nil && s.Keyring == nil {
+		return fmt.Errorf("a signature of the %s's source proves something only with a keyring; name that, too", what)
+	}
+	switch {
+	case s.Debian != "":
+		if !debian.ValidName(s.Debian) {
+			return fmt.Errorf("%q is not a Debian package name", s.Debian)
+		}
+		if s.SHA256 != "" || s.Keyring != nil {
+			return fmt.Errorf("apt checks Debian's source of the %s by Debian's own signatures; leave the SHA-256 and the keyring out", what)
+		}
+	case s.URL != "":
+		u, err := url.Parse(s.URL)
+		if err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http" {
+			return fmt.Errorf("%q is not an http or https address", s.URL)
+		}
+		if s.SHA256 == "" && s.Keyring == nil {
+			return fmt.Errorf("the source of the %s comes over the network: name its SHA-256, or the keyring that it is signed with", what)
+		}
+	}
+	return nil
+}
+
+// sourceFile is source code in the cache, verified as far as was asked for.
+type sourceFile struct {
+	f      *os.File
+	size   int64
+	sha256 string
+	name   string // for the manifest
+	close  func()
+}
+
+// source brings source code into the cache's folder and verifies it.
+func (b *build) source(ctx context.Context, phase string, s SourceCode) (src sourceFile, err error) {
+	switch {
+	case s.Debian != "":
+		src, err = b.debianSource(ctx, phase, s.Debian)
+	case s.URL != "":
+		src, err = b.downloadURL(ctx, phase, s)
+	default:
+		src, err = b.sourceOf(ctx, phase, s)
+	}
+	if err != nil {
+		return sourceFile{}, err
+	}
+	defer func() {
+		if err != nil {
+			src.close()
+		}
+	}()
+	if s.SHA256 != "" && !strings.EqualFold(s.SHA256, src.sha256) {
+		return src, fmt.Errorf("%s has the SHA-256 %s, not %s; it is damaged, or another file", src.name, src.sha256, strings.ToLower(s.SHA256))
+	}
+	if s.Keyring == nil {
+		return src, nil
+	}
+	return src, b.checkSignature(ctx, s, src)
+}
+
+// sourceOf takes the caller's file. It does not stay in the cache: a tree that
+// somebody works on would fill it.
+func (b *build) sourceOf(ctx context.Context, phase string, s SourceCode) (sourceFile, error) {
+	staged, err := b.take(ctx, s.File, maxSource, func(done, total int64) { b.progress(phase, done, total) })
+	if err != nil {
+		return sourceFile{}, fmt.Errorf("the source: %w", err)
+	}
+	sum := staged.SHA256()
+	// A path would tell of the machine, and two copies are the same source.
+	return sourceFile{f: staged.File(), size: staged.Size(), sha256: sum, name: "sha256:" + sum, close: staged.Discard}, nil
+}
+
+func openSource(file File, name string) (sourceFile, error) {
+	f, err := os.Open(file.Path)
+	if err != nil {
+		return sourceFile{}, err
+	}
+	return sourceFile{f: f, size: file.Size, sha256: file.SHA256, name: name, close: func() { _ = f.Close() }}, nil
+}
+
+func (b *build) debianSource(ctx context.Context, phase, name string) (sourceFile, error) {
+	got, err := b.fetch(ctx, phase, name, nil, false, "usr/src/*.tar.*")
+	if err != nil {
+		return sourceFile{}, err
+	}
+	for at, file := range got.files {
+		return openSource(file, path.Base(at)+" of Debian's "+got.from.Name+" "+got.from.Version)
+	}
+	return sourceFile{}, fmt.Errorf("Debian's package %s has no source in usr/src", name) //nolint:staticcheck // a proper noun
+}
+
+// downloaded is the cache's record of what an address gave.
+type downloaded struct {
+	SHA256       string
+	Size         int64
+	LastModified string
+	ETag         string
+}
+
+// downloadURL fetches the file at s.URL, unless the cache has it and the server
+// knows no newer one.
+func (b *build) downloadURL(ctx context.Context, phase string, s SourceCode) (sourceFile, error) {
+	name := path.Base(s.URL)
+	sum := sha256.Sum256([]byte(s.URL))
+	record, recordName := downloaded{}, "url-"+hex.EncodeToString(sum[:16])
+	var old File
+	have := false
+	if b.store.Record(recordName, &record) == nil {
+		var err error
+		if old, err = b.store.Lookup(ctx, record.SHA256); err == nil {
+			have = true
+			if strings.EqualFold(s.SHA256, record.SHA256) {
+				return openSource(old, name)
+			}
+		} else if ctx.Err() != nil {
+			return sourceFile{}, err
+		}
+	}
+	if !have {
+		record = downloaded{}
+	}
+	staged, err := b.get(ctx, phase, s.URL, maxSource, &record)
+	if err != nil {
+		if have && ctx.Err() == nil {
+			b.warn("%s could not be fetched (%v); the cached one is used", s.URL, err)
+			return openSource(old, name)
+		}
+		return sourceFile{}, err
+	}
+	if staged == nil {
+		return openSource(old, name)
+	}
+	defer staged.Discard()
+	file, err := staged.Commit(ctx)
+	if err != nil {
+		return sourceFile{}, err
+	}
+	record.SHA256, record.Size = file.SHA256, file.Size
+	if err := b.store.SetRecord(recordName, record); err != nil {
+		return sourceFile{}, err
+	}
+	return openSource(file, name)
+}
+
+// stall is how long a server may send nothing.
+const stall = time.Minute
+
+// get fetches what is at address into the cache; nil where the server says that
+// what known describes is still right, else known is brought up to date.
+func (b *build) get(ctx context.Context, phase, address string, limit int64, known *downloaded) (_ *cache.Staged, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	silent := time.AfterFunc(stall, func() { cancel(fmt.Errorf("the server sent nothing for %v", stall)) })
+	defer silent.Stop()
+	defer func() {
+		if err != nil {
+			if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
+				err = cause
+			}
+			err = fmt.Errorf("fetch %s: %w", address, err)
+		}
+	}()
+	q, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
+	if err != nil {
+		return nil, err
+	}
+	if known.ETag != "" {
+		q.Header.Set("If-None-Match", known.ETag)
+	}
+	if known.LastModified != "" {
+		q.Header.Set("If-Modified-Since", known.LastModified)
+	}
+	client := http.Client{CheckRedirect: func(next *http.Request, via []*http.Request) error {
+		if len(via) > 10 {
+			return errors.New("it leads on and on")
+		}
+		if via[0].URL.Scheme == "https" && next.URL.Scheme != "https" {
+			return fmt.Errorf("it leads to %s, which is not encrypted", next.URL)
+		}
+		return nil
+	}}
+	a, err := client.Do(q)
+	if err != nil {
+		var u *url.Error
+		if errors.As(err, &u) {
+			err = u.Err // the address is said already
+		}
+		return nil, err
+	}
+	defer a.Body.Close()
+	switch {
+	case a.StatusCode == http.StatusNotModified && known.SHA256 != "":
+		return nil, nil
+	case a.StatusCode != http.StatusOK:
+		return nil, fmt.Errorf("the server answers %s", a.Status)
+	case a.ContentLength > limit:
+		return nil, fmt.Errorf("it has %d MiB, and no more than %d are taken", a.ContentLength>>20, limit>>20)
+	}
+	staged, err := b.store.Stage()
+	if err != nil {
+		return nil, err
+	}
+	err = staged.Fill(ctx, io.LimitReader(a.Body, limit+1), func(done int64) {
+		silent.Reset(stall)
+		b.progress(phase, done, max(a.ContentLength, 0))
+	})
+	if err == nil && staged.Size() > limit {
+		err = fmt.Errorf("no more than %d MiB are taken", limit>>20)
+	}
+	if err != nil {
+		staged.Discard()
+		return nil, err
+	}
+	known.ETag, known.LastModified = a.Header.Get("ETag"), a.Header.Get("Last-Modified")
+	return staged, nil
+}
+
+// maxSignature bounds a signature, in bytes.
+const maxSignature = 1 << 20
+
+// checkSignature wants the plain tar signed, as kernel.org does it.
+func (b *build) checkSignature(ctx context.Context, s SourceCode, src sourceFile) error {
+	var signature io.Reader
+	switch {
+	case s.Signature != nil:
+		signature = io.NewSectionReader(s.Signature, 0, maxSignature)
+	case s.URL != "":
+		staged, err := b.get(ctx, PhaseKernel, signatureBeside(s.URL), maxSignature, &downloaded{})
+		if err != nil {
+			return fmt.Errorf("the signature of %s: %w", src.name, err)
+		}
+		defer staged.Discard()
+		signature = io.NewSectionReader(staged, 0, staged.Size())
+	default:
+		return fmt.Errorf("%s: there is a keyring and no signature; name that, too", src.name)
+	}
+	plain, err := tarball.NewReader(io.NewSectionReader(src.f, 0, src.size))
+	if err != nil {
+		return fmt.Errorf("%s: %w", src.name, err)
+	}
+	defer plain.Close()
+	if _, err := kbuild.VerifySignature(ctx, plain, signature, io.NewSectionReader(s.Keyring, 0, 64<<20)); err != nil {
+		return fmt.Errorf("%s: %w", src.name, err)
+	}
+	return nil
+}
+
+// signatureBeside is the address of the signature of the tar at address:
+// linux-6.1.tar.xz has linux-6.1.tar.sign.
+func signatureBeside(address string) string {
+	u, err := url.Parse(address)
+	if err != nil {
+		return address + ".sign"
+	}
+	if slices.Contains([]string{".xz", ".gz", ".bz2", ".zst"}, path.Ext(u.Path)) {
+		u.Path = strings.TrimSuffix(u.Path, path.Ext(u.Path))
+	}
+	u.Path += ".sign"
+	return u.String()
+}
