@@ -217,7 +217,7 @@ func moduleFiles(archive io.ReaderAt, s *modules.Selection) ([]initramfs.Entry, 
 	text(dir+"/modules.devname", s.Devname(), "device nodes that load their module")
 	text("etc/filesystems", s.Filesystems(), "the order in which mount tries file systems")
 	for _, m := range s.Modules {
-		entries = append(entries, initramfs.Entry{Path: dir + "/" + m.Path, Mode: 0o644, Content: r.Open(m), Size: m.Size, SHA256: m.SHA256, Why: "module " + m.Name() + " of the kernel"})
+		entries = append(entries, initramfs.Entry{Path: dir + "/" + m.Path, Mode: 0o644, Content: r.Open(m), Size: m.Size, SHA256: m.SHA256, Why: "module " + s.Why(m.Name())})
 	}
 	return entries, nil
 }

@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/cavaliergopher/cpio"
 	"github.com/google/go-cmp/cmp"
+	"github.com/memlinux/memlinux/imagegen/filecaps"
 	"github.com/memlinux/memlinux/testvm/need"
 )
 
@@ -122,16 +124,25 @@ cat m a z setuid
 [ $(stat -c %i a) = $(stat -c %i m) ] && [ $(stat -c %i z) = $(stat -c %i m) ] && echo "one inode"
 [ $(stat -c %i setuid) = $(stat -c %i setgid) ] || echo "two inodes"
 dmesg | grep -i "unpacking failed" || echo "no complaint"
+/caps
+echo "capabilities: $?"
 echo "END"
 poweroff -f
 `
-	in, err := everything(t).Union(file("init", script), file("bin/busybox", string(box)),
+	caps, err := filecaps.Program([]filecaps.File{
+		{Path: "/all/a", Caps: []byte("\x01\x00\x00\x02\x00\x20" + strings.Repeat("\x00", 14))},
+		{Path: "/all/nowhere", Caps: []byte("\x01\x00\x00\x02\x00\x20" + strings.Repeat("\x00", 14))},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := everything(t).Union(file("init", script), file("bin/busybox", string(box)), file("caps", string(caps)),
 		ordered(file("all/y", "of two names, in another order"), 0), ordered(hard("all/b", "all/y"), 1))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i := range in {
-		if in[i].Path == "init" || in[i].Path == "bin/busybox" {
+		if slices.Contains([]string{"init", "bin/busybox", "caps"}, in[i].Path) {
 			in[i].Mode = 0o755
 		}
 	}
@@ -168,6 +179,8 @@ drwxrwxrwt 0:0 2 . sticky
 of three namesof three namesof three namessone inode
 two inodes
 no complaint
+memlinux: /all/nowhere did not get its capabilities, cap_net_raw=ep
+capabilities: 1
 `
 	// The size of a folder is the file system's affair.
 	said = regexp.MustCompile(`(?m)^(d\S+ \S+ \d+) \d+ `).ReplaceAllString(said, "$1 . ")

@@ -16,6 +16,7 @@ type Selection struct {
 	Modules []Module // sorted by path
 
 	byName map[string]Module
+	why    map[string]string
 }
 
 // ErrNoModule says that a module that was asked for exists nowhere.
@@ -68,7 +69,7 @@ func Singles(choice []string) []string {
 // module that is built in takes nothing, and one that does not exist is
 // ErrNoModule.
 func (l *Library) Select(choice []string) (*Selection, error) {
-	c := closure{library: l, byName: map[string]Module{}, byAlias: map[string][]string{}, taken: map[string]Module{}}
+	c := closure{library: l, byName: map[string]Module{}, byAlias: map[string][]string{}, taken: map[string]Module{}, why: map[string]string{}}
 	for _, m := range l.Modules {
 		c.byName[m.Name()] = m
 	}
@@ -79,7 +80,7 @@ func (l *Library) Select(choice []string) (*Selection, error) {
 		}
 		for _, m := range l.Modules {
 			if s.has(m) {
-				if err := c.take(m.Name(), ""); err != nil {
+				if err := c.take(m.Name(), "", "of the set "+s.name); err != nil {
 					return nil, err
 				}
 			}
@@ -92,11 +93,11 @@ func (l *Library) Select(choice []string) (*Selection, error) {
 			}
 			return nil, fmt.Errorf("%w in kernel %s: %s is neither loadable nor built in, and the sets are %s", ErrNoModule, l.Release, name, strings.Join(SetNames(), ", "))
 		}
-		if err := c.take(Name(name), ""); err != nil {
+		if err := c.take(Name(name), "", "asked for by its name"); err != nil {
 			return nil, err
 		}
 	}
-	s := &Selection{Release: l.Release, byName: c.taken}
+	s := &Selection{Release: l.Release, byName: c.taken, why: c.why}
 	for _, m := range c.taken {
 		s.Modules = append(s.Modules, m)
 	}
@@ -117,6 +118,7 @@ type closure struct {
 	globs   []glob
 	indexed bool
 	taken   map[string]Module
+	why     map[string]string // of those that are taken
 }
 
 type glob struct {
@@ -124,9 +126,9 @@ type glob struct {
 	literal       string // what the pattern begins with, to pass by most of them quickly
 }
 
-// take takes the module called name, for which the module called by asked, and
-// all that it depends on.
-func (c *closure) take(name, by string) error {
+// take takes the module called name, for which the module called by asked, for
+// the given reason, and all that it depends on.
+func (c *closure) take(name, by, why string) error {
 	if _, ok := c.taken[name]; ok {
 		return nil // also where modules softly depend on each other in a circle
 	}
@@ -143,15 +145,15 @@ func (c *closure) take(name, by string) error {
 	if m.Release != "" && m.Release != c.library.Release {
 		return fmt.Errorf("module %s is for kernel %s, not %s", name, m.Release, c.library.Release)
 	}
-	c.taken[name] = m
+	c.taken[name], c.why[name] = m, why
 	for _, dep := range m.Depends {
-		if err := c.take(dep, name); err != nil {
+		if err := c.take(dep, name, "that "+name+" depends on"); err != nil {
 			return err
 		}
 	}
 	for _, dep := range m.Softdeps {
 		for _, other := range c.resolve(dep) {
-			if err := c.take(other, name); err != nil {
+			if err := c.take(other, name, "that "+name+" works better with"); err != nil {
 				return err
 			}
 		}
@@ -194,6 +196,10 @@ func (s *Selection) Has(name string) bool {
 	_, ok := s.byName[Name(name)]
 	return ok
 }
+
+// Why says in a clause why the module called name is in the selection: "of the
+// set disk", "that ext4 depends on".
+func (s *Selection) Why(name string) string { return s.why[Name(name)] }
 
 // Firmware are the files below /lib/firmware that the modules may ask for,
 // sorted.

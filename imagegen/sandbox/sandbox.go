@@ -226,22 +226,28 @@ func unprivileged() (uid, gid int, err error) {
 	return uid, gid, nil
 }
 
-// Give makes path and all below it belong to the user that programs run as;
-// symbolic links are not followed. It does nothing where we are not root. Call
-// it before any program ran in there, not behind one.
-func Give(path string) error {
+// Give makes the folder and all below it belong to the user that programs run
+// as; symbolic links are not followed. It does nothing where we are not root.
+// Call it before any program ran in there, not behind one, which may have made
+// hard links.
+func Give(folder string) error {
 	uid, gid, err := unprivileged()
 	if err != nil || uid < 0 {
 		return err
 	}
-	err = filepath.WalkDir(path, func(name string, _ fs.DirEntry, err error) error {
+	root, err := os.OpenRoot(folder)
+	if err != nil {
+		return fmt.Errorf("give %s to the user %s: %w", folder, unprivilegedUser, err)
+	}
+	defer root.Close()
+	err = fs.WalkDir(root.FS(), ".", func(name string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		return os.Lchown(name, uid, gid)
+		return root.Lchown(name, uid, gid)
 	})
 	if err != nil {
-		return fmt.Errorf("give %s to the user %s: %w", path, unprivilegedUser, err)
+		return fmt.Errorf("give %s to the user %s: %w", folder, unprivilegedUser, err)
 	}
 	return nil
 }

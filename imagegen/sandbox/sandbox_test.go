@@ -156,7 +156,7 @@ func TestKilledWhole(t *testing.T) {
 			start := time.Now()
 			_, err := shell(t, Command{Dir: dir, Limit: 500 * time.Millisecond}, script)
 			var limit *LimitError
-			if !errors.As(err, &limit) || limit.Limit != 500*time.Millisecond || time.Since(start) > lastWords {
+			if !errors.As(err, &limit) || limit.Limit != 500*time.Millisecond || time.Since(start) > 10*time.Second {
 				t.Errorf("%v after %s", err, time.Since(start))
 			}
 			if !still(t, dir) {
@@ -176,7 +176,8 @@ func TestKilledWhole(t *testing.T) {
 			dir := room(t)
 			start := time.Now()
 			out, err := shell(t, Command{Dir: dir}, strings.Replace(script, "wait", "sleep 0.3", 1))
-			if err != nil || out != "started" || !still(t, dir) || time.Since(start) > lastWords {
+			// That its pipes are still held would be an error.
+			if err != nil || out != "started" || !still(t, dir) || time.Since(start) > 10*time.Second {
 				t.Errorf("%q, %v after %s", out, err, time.Since(start))
 			}
 		})
