@@ -16,9 +16,15 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=HTTP_PROXY,HTTPS_PROXY,NO_PROXY,GOPROXY,GOFLAGS,SOURCE_DATE_EPOCH,MEMLINUX_TEST_CACHE)
 
 # What memlinux needs to run.
-RUN_PACKAGES = busybox-static dbus-daemon grub-common grub-efi-amd64-bin grub-pc-bin ovmf qemu-system-x86 util-linux
-# What the tests and benchmarks hold it against.
-TEST_PACKAGES = bzip2 cpio dosfstools e2fsprogs fdisk file gdisk git libglib2.0-bin mount mtools shellcheck systemd xorriso zstd
+RUN_PACKAGES = busybox-static dbus-daemon grub-common grub-efi-amd64-bin grub-pc-bin ovmf qemu-system-x86 util-linux xz-utils
+# What some of its options need: a kernel or busybox from source, a keymap, a
+# time zone. memlinux names them when one is missing.
+OPTION_PACKAGES = bc binutils bison bzip2 ccache console-setup dpkg-dev flex gcc kbd libc6-dev libelf-dev m4 make patch perl tzdata xkb-data
+# What the tests hold it against.
+TEST_PACKAGES = $(OPTION_PACKAGES) apt cpio curl dosfstools e2fsprogs fdisk file gdisk git gnupg libcap2-bin libglib2.0-bin \
+	mmdebstrap mount mtools ncurses-bin openssl python3 shellcheck skopeo squashfs-tools systemd umoci xorriso zstd
+# What only the benchmarks hold it against.
+BENCH_PACKAGES = dracut-core initramfs-tools-core kmod
 
 prefix ?= /usr
 bindir ?= $(prefix)/bin
@@ -47,7 +53,7 @@ test:
 	$(SUDO) env PATH="$(dir $(GO)):$$PATH" MEMLINUX_TEST_ALL=1 $(GO) test -count=1 -p 2 -timeout 40m ./...
 
 bench: build
-	$(call install_packages,$(RUN_PACKAGES) $(TEST_PACKAGES))
+	$(call install_packages,$(RUN_PACKAGES) $(TEST_PACKAGES) $(BENCH_PACKAGES))
 	$(SUDO) env PATH="$(dir $(GO)):$$PATH" $(GO) run ./daemon/bench
 
 lint:

@@ -86,12 +86,13 @@ func inspect(b []byte) (Info, error) {
 
 // appletTable finds the names of the applets. busybox looks a name up by
 // bisection (libbb/appletlib.c), so they stand one behind the other, each
-// ended by a NUL, in strictly ascending order; the longest such run that has
-// "busybox" itself is the table. nil if there is none.
+// ended by a NUL, in strictly ascending order; the longest such run that has sh or
+// "busybox" (an applet only with FEATURE_SH_STANDALONE) is the table. nil if
+// there is none.
 func appletTable(b []byte) []string {
 	var best, run []string
 	take := func() {
-		if len(run) > len(best) && slices.Contains(run, "busybox") {
+		if len(run) > len(best) && (slices.Contains(run, "sh") || slices.Contains(run, "busybox")) {
 			best = slices.Clone(run)
 		}
 	}

@@ -42,7 +42,7 @@ var static embed.FS
 
 // Applets lists the busybox applets without which /init can't do its work.
 var Applets = []string{
-	"busybox", "cat", "dmesg", "findfs", "grep", "hostname", "init", "killall", "mdev", "mkdir", "mknod", "mount", "poweroff",
+	"cat", "dmesg", "findfs", "grep", "hostname", "init", "killall", "mdev", "mkdir", "mknod", "mount", "poweroff",
 	"readlink", "reboot", "sed", "sh", "sleep", "switch_root", "sync", "tty", "umount",
 }
 

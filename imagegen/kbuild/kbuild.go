@@ -522,7 +522,8 @@ func (b *build) installModules(ctx context.Context, release string) (string, err
 func (b *build) run(ctx context.Context, step string, limit time.Duration, report func(done, total int64), total int, args ...string) (int, error) {
 	w := &watcher{log: b.log, report: report, total: total}
 	compiler := "gcc"
-	env := append([]string(nil), identity...)
+	// A compiler that is killed leaves its temporary files behind.
+	env := append([]string{"TMPDIR=" + b.r.WorkDir}, identity...)
 	if b.ccache {
 		compiler = "ccache gcc"
 		env = append(env, "CCACHE_DIR="+b.r.CcacheDir, "CCACHE_BASEDIR="+b.tree, "CCACHE_NOHASHDIR=1", "CCACHE_COMPILERCHECK=content", "CCACHE_DEPEND=1", "CCACHE_MAXSIZE=2G")

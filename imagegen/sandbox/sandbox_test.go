@@ -86,7 +86,7 @@ func TestAsRoot(t *testing.T) {
 		"it is nobody, in no other group": {"id -un; id -G; grep -h ^Groups /proc/self/status | tr -d '\\t '", "nobody\n65534\nGroups:"},
 		"it has no capabilities":          {"grep ^CapEff /proc/self/status | tr -d '\\t'", "CapEff:0000000000000000"},
 		"it has no network":               {"tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' ' | grep -v '^\\(lo\\|tunl0\\|sit0\\|ip6tnl0\\|gre.*\\|erspan0\\|ip_vti0\\|ip6_vti0\\|ip6gre0\\)$'; echo end", "end"},
-		"it sees its own processes only":  {"echo $$; ls -d /proc/[0-9]* | wc -l", "1\n3"}, // sh, ls, wc
+		"it sees its own processes only":  {"echo $$; test $(ls -d /proc/[0-9]* | wc -l) -lt 6 && echo few", "1\nfew"},
 		"it reads nothing of root's":      {"cat " + secret + " 2>/dev/null || echo refused", "refused"},
 	} {
 		t.Run(name, func(t *testing.T) {

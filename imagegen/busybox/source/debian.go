@@ -235,10 +235,7 @@ func (f remoteFile) take(from *os.Root, to string) error {
 		return err
 	}
 	defer out.Close()
-	var h hash.Hash = sha256.New()
-	if f.algo == "SHA512" {
-		h = sha512.New()
-	}
+	h := map[string]func() hash.Hash{"SHA256": sha256.New, "SHA512": sha512.New}[f.algo]()
 	if _, err := io.Copy(io.MultiWriter(out, h), io.LimitReader(in, f.size+1)); err != nil {
 		return err
 	}
