@@ -221,6 +221,14 @@ func wantRegular(f *os.File) error {
 	return nil
 }
 
+// wantSerial fails where a boot could not be proven: that listens on the serial
+// line.
+func wantSerial(o *options, r imagegen.Recipe) {
+	if c := r.Settings.Consoles; c != nil && !slices.ContainsFunc(c, func(name string) bool { return name == "ttyS0" || strings.HasPrefix(name, "ttyS0,") }) {
+		o.fail("the consoles are %s, and the boot test listens on ttyS0: add that, or ask for no boot test", strings.Join(c, " and "))
+	}
+}
+
 // destination is where an image goes.
 type destination struct {
 	target     *api.Target
@@ -234,6 +242,9 @@ func (s *Server) write(c *call) ([]any, error) {
 	o := c.options()
 	recipe := s.recipeOf(o)
 	bootTest := o.boolean(api.OptBootTest, true)
+	if bootTest {
+		wantSerial(o, recipe)
+	}
 	if err := o.end(); err != nil {
 		return nil, err
 	}
@@ -290,6 +301,9 @@ func (s *Server) writeFile(c *call) ([]any, error) {
 	o := c.options()
 	recipe := s.recipeOf(o)
 	bootTest := o.boolean(api.OptBootTest, true)
+	if bootTest {
+		wantSerial(o, recipe)
+	}
 	size := get[uint64](o, api.OptSize)
 	if size > 1<<46 {
 		o.fail("option %q is %d bytes; 64 TiB are the most", api.OptSize, size)

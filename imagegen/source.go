@@ -25,7 +25,7 @@ import (
 // URL and Debian.
 type SourceCode struct {
 	File   *os.File // a tar, also compressed
-	URL    string   // of a tar, by http or https; then SHA256 or Keyring must be there
+	URL    string   // of a tar, by https, or by http where SHA256 or Keyring are there
 	Debian string   // a package that has the tar in usr/src, such as linux-source-6.1
 
 	SHA256    string   // that the file must have, hex; "" for any
@@ -61,8 +61,8 @@ func (s SourceCode) validate(what string) error {
 		if err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http" {
 			return fmt.Errorf("%q is not an http or https address", s.URL)
 		}
-		if s.SHA256 == "" && s.Keyring == nil {
-			return fmt.Errorf("the source of the %s comes over the network: name its SHA-256, or the keyring that it is signed with", what)
+		if u.Scheme == "http" && s.SHA256 == "" && s.Keyring == nil {
+			return fmt.Errorf("the source of the %s comes by http, where anybody on the way can change it: name its SHA-256 or the keyring that it is signed with, or use https", what)
 		}
 	}
 	return nil
@@ -96,7 +96,14 @@ func (b *build) source(ctx context.Context, phase string, s SourceCode) (src sou
 		}
 	}()
 	if s.SHA256 != "" && !strings.EqualFold(s.SHA256, src.sha256) {
-		return src, fmt.Errorf("%s has the SHA-256 %s, not %s; it is damaged, or another file", src.name, src.sha256, strings.ToLower(s.SHA256))
+		what := src.name
+		if s.File != nil {
+			what = "the source" // its name is its digest
+		}
+		return src, fmt.Errorf("%s has the SHA-256 %s, not %s; it is damaged, or another file", what, src.sha256, strings.ToLower(s.SHA256))
+	}
+	if s.URL != "" && s.SHA256 == "" && s.Keyring == nil {
+		b.warn("%s is what the server gave; to be sure that it stays that, name its SHA-256: %s", src.name, src.sha256)
 	}
 	if s.Keyring == nil {
 		return src, nil

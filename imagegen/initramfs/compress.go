@@ -12,12 +12,12 @@ import (
 // Compression says how an initramfs is compressed.
 type Compression struct {
 	Name  string // "zstd", "gzip" or "none"
-	Level int    // 1 (quick) to 4 (small) of zstd, 1 to 9 of gzip; 0 is the standard
+	Level int    // 1 (quick) to 22 (small) of zstd, 1 to 9 of gzip; 0 is the standard
 }
 
 // Validate reports whether there is such a compression.
 func (c Compression) Validate() error {
-	levels := map[string]int{"zstd": 4, "gzip": 9, "none": 0}
+	levels := map[string]int{"zstd": 22, "gzip": 9, "none": 0}
 	highest, known := levels[c.Name]
 	switch {
 	case !known:
@@ -40,7 +40,7 @@ func (c Compression) writer(w io.Writer) (io.WriteCloser, error) {
 	case "zstd":
 		level := zstd.SpeedDefault
 		if c.Level != 0 {
-			level = zstd.EncoderLevel(c.Level)
+			level = zstd.EncoderLevelFromZstd(c.Level)
 		}
 		// One goroutine: the bytes then depend on nothing but the input.
 		return zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(windowSize), zstd.WithEncoderLevel(level))

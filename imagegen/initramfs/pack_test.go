@@ -239,21 +239,21 @@ func TestCompression(t *testing.T) {
 	text := file("text", strings.Repeat("all that is in it is said more than once or twice; ", 20000)+fmt.Sprint(rand.New(rand.NewPCG(4, 5)).Perm(20000)))
 	in := tree(t, "c", text)
 	sizes := map[string]int{}
-	for _, c := range []Compression{{"zstd", 0}, {"zstd", 1}, {"zstd", 2}, {"zstd", 3}, {"zstd", 4}, {"gzip", 0}, {"gzip", 1}, {"gzip", 6}, {"gzip", 9}, {"none", 0}} {
+	for _, c := range []Compression{{"zstd", 0}, {"zstd", 1}, {"zstd", 3}, {"zstd", 8}, {"zstd", 22}, {"gzip", 0}, {"gzip", 1}, {"gzip", 6}, {"gzip", 9}, {"none", 0}} {
 		var b bytes.Buffer
 		if _, err := Pack(t.Context(), &b, in, c, epochOfTests, nil); err != nil {
 			t.Fatal(err)
 		}
 		sizes[fmt.Sprint(c.Name, c.Level)] = b.Len()
 	}
-	if sizes["zstd0"] != sizes["zstd2"] || sizes["zstd1"] == sizes["zstd2"] || sizes["zstd2"] <= sizes["zstd3"] || sizes["zstd3"] <= sizes["zstd4"] || sizes["gzip9"] == sizes["gzip1"] {
+	if sizes["zstd0"] != sizes["zstd3"] || sizes["zstd1"] == sizes["zstd3"] || sizes["zstd3"] <= sizes["zstd8"] || sizes["zstd8"] <= sizes["zstd22"] || sizes["gzip9"] == sizes["gzip1"] {
 		t.Errorf("sizes: %v", sizes)
 	}
 	for _, tc := range []struct {
 		c    Compression
 		want string
 	}{
-		{Compression{"zstd", 5}, "zstd has no level 5; use 1 to 4"},
+		{Compression{"zstd", 23}, "zstd has no level 23; use 1 to 22"},
 		{Compression{"gzip", 10}, "gzip has no level 10; use 1 to 9"},
 		{Compression{"gzip", -1}, "gzip has no level -1"},
 		{Compression{"none", 1}, "without compression"},

@@ -46,8 +46,9 @@ func RAM(mib int64) Entry {
 
 // Guest is a root tree of another make with what it takes to start it in
 // memory: busybox, /init, mount points, and those of the base's files that it
-// has none of. Its own files stay as they are.
-func Guest(root Tree, busybox io.ReaderAt, size int64) Tree {
+// has none of. Its own files stay as they are; one where a folder must be is an
+// error.
+func Guest(root Tree, busybox io.ReaderAt, size int64) (Tree, error) {
 	have := map[string]bool{}
 	for _, e := range root {
 		have[e.Path] = true
@@ -81,7 +82,11 @@ func Guest(root Tree, busybox io.ReaderAt, size int64) Tree {
 	b, _ := static.ReadFile("init")
 	add = append(add, text(first, 0o755, Script(b, GuestBusybox)))
 	add = slices.DeleteFunc(add, func(e Entry) bool { return have[e.Path] })
-	return startable(root.With(add...), GuestBusybox, first)
+	t, err := root.Union(add...)
+	if err != nil {
+		return nil, err
+	}
+	return startable(t, GuestBusybox, first), nil
 }
 
 // startable puts to the front what /init needs to say that memory was too

@@ -119,7 +119,7 @@ func BootLine(cmdline, id string, ram int) string {
 // BootLine is the kernel's command line of a boot entry.
 func (m Manifest) BootLine() string { return BootLine(m.Cmdline, m.ID, m.Memory.BIOS) }
 
-// JSON is the manifest as JSON, one line for each file, with a line break at
+// JSON is the manifest as indented JSON with a line break at
 // its end.
 func (m Manifest) JSON() ([]byte, error) {
 	var b bytes.Buffer

@@ -25,14 +25,15 @@ type Applied struct {
 
 // Apply lays the settings over a tree: over that of initramfs.Base where Guest
 // is nil, else over that of initramfs.Guest. Files of the settings take the
-// place of those that are there. root is this machine's /, for its time zones;
+// place of those of initramfs.Base and of a guest's; that the recipe names
+// another file for the same path of a system of busybox is an error. root is this machine's /, for its time zones;
 // keymaps are always the machine's own. The error is a sentence; it holds a
 // *sandbox.MissingError where a package must be installed.
 func (s Settings) Apply(ctx context.Context, t initramfs.Tree, root string) (*Applied, error) {
 	if err := s.Validate(); err != nil {
 		return nil, err
 	}
-	a := application{Settings: s, tree: open(t), busybox: initramfs.Busybox, root: root}
+	a := application{Settings: s, tree: open(t, s.Guest != nil), busybox: initramfs.Busybox, root: root}
 	if s.Guest != nil {
 		a.busybox = initramfs.GuestBusybox
 		a.applets = append(a.applets, "chroot", "id")
@@ -45,7 +46,11 @@ func (s Settings) Apply(ctx context.Context, t initramfs.Tree, root string) (*Ap
 			return nil, err
 		}
 	}
-	return &Applied{Tree: a.tree.sorted(), Words: a.words(), Applets: a.applets, Warnings: a.warnings}, nil
+	merged, err := a.tree.merged()
+	if err != nil {
+		return nil, err
+	}
+	return &Applied{Tree: merged, Words: a.words(), Applets: a.applets, Warnings: a.warnings}, nil
 }
 
 // application is one run of Apply.
@@ -70,7 +75,7 @@ func (a *application) words() string {
 	for _, c := range consoles {
 		words = append(words, "console="+c)
 	}
-	if _, ok := a.tree[initramfs.GuestInit]; ok {
+	if _, ok := a.tree.entries[initramfs.GuestInit]; ok {
 		words = append(words, "rdinit=/"+initramfs.GuestInit)
 	}
 	return strings.Join(words, " ")
@@ -95,8 +100,8 @@ func (a *application) hostname(context.Context) error {
 	if err := a.tree.put(text("etc/hostname", 0o644, []byte(a.Hostname+"\n"), why)); err != nil {
 		return err
 	}
-	if a.Guest != nil {
-		// Its hosts may say more, and a library of its own may make that needless.
+	if hosts, ok := a.tree.has("etc/hosts"); a.Guest != nil || ok && !isOurs(hosts) {
+		// It may say more.
 		return nil
 	}
 	names := a.Hostname

@@ -1,7 +1,6 @@
 package settings
 
 import (
-	"archive/tar"
 	"bufio"
 	"bytes"
 	"context"
@@ -14,10 +13,8 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -231,7 +228,11 @@ func guest(t *testing.T, s Settings, root initramfs.Tree) *Applied {
 		s.Guest = &Guest{}
 	}
 	b, size := busyboxFile(t)
-	return apply(t, s, initramfs.Guest(root, b, size))
+	tree, err := initramfs.Guest(root, b, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return apply(t, s, tree)
 }
 
 func apply(t *testing.T, s Settings, tree initramfs.Tree) *Applied {
@@ -314,8 +315,6 @@ func TestBootLogin(t *testing.T) {
 	m.typed("root")
 	m.expect(`Password: `)
 	m.typed("wrong")
-	m.expect(`Login incorrect`)
-	m.typed("")
 	m.expect(`(?s)Login incorrect.*memlinux login: `)
 	m.typed("root")
 	m.expect(`(?s)Login incorrect.*Password: `)
@@ -368,8 +367,16 @@ func TestBootTooLittleMemory(t *testing.T) {
 			m.expect(`(?m)^memlinux: ` + regexp.QuoteMeta(tc.want) + `$`)
 			m.expect(`(?m)^memlinux: Enter switches the machine off$`)
 			m.never(`memlinux: ready|# $|Kernel panic`)
-			m.typed("")
-			m.expectEnd()
+			// What comes before the line is opened is lost.
+			for range 20 {
+				m.typed("")
+				select {
+				case <-m.exited:
+					return
+				case <-time.After(time.Second):
+				}
+			}
+			t.Error("Enter does not switch the machine off")
 		})
 	}
 	t.Run("with enough memory it starts", func(t *testing.T) {
@@ -385,9 +392,9 @@ func TestBootTooLittleMemory(t *testing.T) {
 func TestBootGuestWithoutInit(t *testing.T) {
 	b, size := busyboxFile(t)
 	sh := initramfs.Entry{Path: "bin/sh", Mode: 0o755, Content: b, Size: size, Why: "test"}
-	app := text("opt/app/run", 0o755, []byte("#!/bin/sh\necho \"app $* $(id -u):$(id -g) $PWD $GREETING $HOME\"\nread line || echo no input\nenv | wc -l\n"), "test")
+	app := text("opt/app/run", 0o755, []byte("#!/bin/sh\necho \"app $* $(id -u):$(id -g) $PWD $GREETING $HOME\"\nread line || echo no input\nenv | cut -d= -f1 | sort | xargs\n"), "test")
 	m := boot(t, guest(t, Settings{
-		Hostname: "tiny", Services: []Service{{Command: "touch /run/service", Action: "sysinit"}},
+		Hostname: "tiny", Consoles: []string{"tty0", "ttyS0,115200"}, Services: []Service{{Command: "touch /run/service", Action: "sysinit"}},
 		Guest: &Guest{Command: Command{Argv: []string{"run", "it's", "$HOME"}, Env: []string{"GREETING=hello world", "PATH=/opt/app:/bin"}, Dir: "/srv/work", User: "1001:7"}},
 	}, initramfs.Tree{}.With(sh, app)), 256, noNIC...)
 	m.expect(`(?m)^memlinux: ready build=0123456789abcdef ram=2[0-9]{2} MiB$`)
@@ -395,7 +402,7 @@ func TestBootGuestWithoutInit(t *testing.T) {
 	m.typed(`echo $(hostname) $0 $PATH; ls /bin /run/service; cat /proc/mounts | grep -c " / "; tty`)
 	m.expect(`(?m)^tiny -(/bin/)?sh .*:/run/memlinux/bin\n/run/service\n\n/bin:\nsh\n1\n/dev/ttyS0$`)
 	m.expect(`(?m)^app it's \$HOME 1001:7 /srv/work hello world /$`)
-	m.expect(`(?m)^no input\n5$`)
+	m.expect(`(?m)^no input\nGREETING HOME OLDPWD PATH PWD SHLVL$`)
 	m.typed(`mkdir /mnt; mount -t tmpfs none /mnt && mkdir /mnt/old && cp /bin/sh /mnt && unshare -m sh -c 'mount --make-rprivate /; pivot_root /mnt /mnt/old && echo pivoted'; poweroff`)
 	m.expect(`(?m)^pivoted$`)
 	m.expectEnd()
@@ -426,40 +433,14 @@ func debian(t *testing.T, include string) initramfs.Tree {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	tree := initramfs.Tree{}
-	r := tar.NewReader(f)
-	for {
-		h, err := r.Next()
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		e := initramfs.Entry{Path: path.Clean(h.Name), Mode: h.FileInfo().Mode() & (fs.ModePerm | fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky), UID: h.Uid, GID: h.Gid, Why: "test"}
-		switch h.Typeflag {
-		case tar.TypeDir:
-			if e.Path == "." {
-				continue
-			}
-			e.Mode |= fs.ModeDir
-		case tar.TypeSymlink:
-			e.Mode |= fs.ModeSymlink
-			e.Link = h.Linkname
-		case tar.TypeLink:
-			e.HardLink = path.Clean(h.Linkname)
-		case tar.TypeReg:
-			at, err := f.Seek(0, io.SeekCurrent)
-			if err != nil {
-				t.Fatal(err)
-			}
-			e.Content, e.Size = io.NewSectionReader(f, at, h.Size), h.Size
-		default:
-			continue // device nodes
-		}
-		tree = append(tree, e)
+	st, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
 	}
-	slices.SortFunc(tree, func(a, b initramfs.Entry) int { return strings.Compare(a.Path, b.Path) })
+	tree, _, err := initramfs.FromTar(t.Context(), f, st.Size(), "Debian", initramfs.RefuseDuplicates)
+	if err != nil {
+		t.Fatal(err)
+	}
 	return tree
 }
 
@@ -473,12 +454,16 @@ func TestBootDebian(t *testing.T) {
 			t.Logf("ready after %.1f s", time.Since(m.start).Seconds())
 			m.typed("root")
 			m.expect(`root@ramdebian:~# `)
-			m.typed(`systemctl is-system-running --wait; systemctl --failed --no-legend --plain; echo "pid 1: $(cat /proc/1/comm) $(tail -c 12 /run/memlinux/bin/../../../etc/timezone)"`)
-			m.expect(`(?m)^pid 1: systemd .*Kathmandu$`)
-			m.expect(`(?m)^(running|degraded)$`)
-			m.typed(`date -d @0 +%H:%M; which htop udhcpc; mount | grep -E " on (/|/run|/tmp) "; systemd-run -q --pipe -p PrivateTmp=yes -p ProtectSystem=strict -p ProtectHome=yes sh -c 'touch /usr/x || echo sandboxed'; systemd-analyze | head -3; journalctl -b -p 4 --no-pager -o cat | cat; poweroff`)
-			m.expect(`(?m)^05:30\n/run/memlinux/bin/udhcpc$`)
+			// No pager, and a terminal on which lines can be told apart.
+			m.typed(`export SYSTEMD_PAGER=cat; exec env TERM=dumb bash --noediting`)
+			m.typed(`echo "$(systemctl is-system-running --wait), failed: $(systemctl --failed --no-legend --plain | wc -l)"`)
+			m.expect(`(?m)^running, failed: 0$`)
+			m.typed(`cat /proc/1/comm /etc/timezone; date -d @0 +%H:%M; which udhcpc`)
+			m.expect(`(?m)^systemd\nAsia/Kathmandu\n05:30\n/run/memlinux/bin/udhcpc$`)
+			// Units with a view of their own of the files, on a root that is rootfs.
+			m.typed(`systemd-run -q --pipe -p PrivateTmp=yes -p ProtectSystem=strict sh -c 'touch /usr/x 2>/dev/null || echo sandboxed'`)
 			m.expect(`(?m)^sandboxed$`)
+			m.typed(`poweroff`)
 			m.expectEnd()
 		})
 	}

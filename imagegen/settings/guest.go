@@ -78,7 +78,7 @@ func (a *application) guestInit(context.Context) error {
 		return err
 	}
 	unit, _ := files.ReadFile("units/ready.service") // it is compiled in
-	if _, ok := a.tree[initramfs.GuestInit]; ok {
+	if _, ok := a.tree.entries[initramfs.GuestInit]; ok {
 		unit = []byte(strings.ReplaceAll(string(unit), "=/init\n", "=/"+initramfs.GuestInit+"\n"))
 	}
 	const units = "etc/systemd/system/"

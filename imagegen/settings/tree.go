@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -13,25 +14,32 @@ import (
 	"github.com/memlinux/memlinux/imagegen/initramfs"
 )
 
-// tree is the system's tree while it is changed, by path.
-type tree map[string]initramfs.Entry
+// tree is the system's tree and what the settings lay over it.
+type tree struct {
+	lower initramfs.Tree
+	// entries are both, by path.
+	entries map[string]initramfs.Entry
+	upper   map[string]bool
+	// guest: the tree's own files are there to be replaced. Else those are what
+	// the recipe names, and two of them for one path contradict each other.
+	guest bool
+}
 
-func open(t initramfs.Tree) tree {
-	m := make(tree, len(t))
+func open(t initramfs.Tree, guest bool) tree {
+	m := tree{lower: t, entries: make(map[string]initramfs.Entry, len(t)), upper: map[string]bool{}, guest: guest}
 	for _, e := range t {
-		m[e.Path] = e
+		m.entries[e.Path] = e
 	}
 	return m
 }
 
-// sorted is the tree as initramfs takes it.
-func (t tree) sorted() initramfs.Tree {
-	out := make(initramfs.Tree, 0, len(t))
-	for _, e := range t {
-		out = append(out, e)
+// merged is the tree with what was put into it.
+func (t tree) merged() (initramfs.Tree, error) {
+	var upper initramfs.Tree
+	for _, p := range slices.Sorted(maps.Keys(t.upper)) {
+		upper = append(upper, t.entries[p])
 	}
-	slices.SortFunc(out, func(a, b initramfs.Entry) int { return strings.Compare(a.Path, b.Path) })
-	return out
+	return initramfs.Overlay(t.lower, upper)
 }
 
 // maxLinks is how many symbolic links the kernel follows in a path.
@@ -44,9 +52,9 @@ func (t tree) find(name string) (initramfs.Entry, bool) {
 	if err != nil {
 		return initramfs.Entry{}, false
 	}
-	e, ok := t[real]
+	e, ok := t.entries[real]
 	if e.HardLink != "" {
-		e, ok = t[e.HardLink]
+		e, ok = t.entries[e.HardLink]
 	}
 	return e, ok
 }
@@ -70,7 +78,7 @@ func (t tree) follow(name string) (string, error) {
 			continue
 		}
 		next := path.Join(at, part)
-		e := t[next]
+		e := t.entries[next]
 		if e.Mode.Type() != fs.ModeSymlink {
 			at = next
 			continue
@@ -111,57 +119,36 @@ func (t tree) read(name string) ([]byte, error) {
 	return b, nil
 }
 
-// put lays e into the tree, in the place of whatever has that name there, with
-// the folders that it is in. Links in the path of these are followed.
+// put lays e over the tree. Links in the path of its folder are followed.
 func (t tree) put(e initramfs.Entry) error {
+	if old, ok := t.has(e.Path); ok && !t.guest && !isOurs(old) {
+		return fmt.Errorf("there are two of %s: %s; and %s", e.Path, old.Why, e.Why)
+	}
+	return t.replace(e)
+}
+
+func (t tree) replace(e initramfs.Entry) error {
 	dir, err := t.follow(path.Dir(e.Path))
 	if err != nil {
 		return err
 	}
 	e.Path = path.Join(dir, path.Base(e.Path))
-	if old, ok := t[e.Path]; ok && old.Mode.IsDir() {
-		return fmt.Errorf("%s is a folder (%s), and the settings need a file there", e.Path, old.Why)
-	}
-	for d := path.Dir(e.Path); d != "."; d = path.Dir(d) {
-		if old, ok := t[d]; ok {
-			if !old.Mode.IsDir() {
-				return fmt.Errorf("%s is no folder (%s), and the settings need one there", d, old.Why)
-			}
-			break
-		}
-		t[d] = initramfs.Entry{Path: d, Mode: fs.ModeDir | 0o755, Why: e.Why}
-	}
-	t.keepOtherNames(e.Path)
-	t[e.Path] = e
+	t.entries[e.Path], t.upper[e.Path] = e, true
 	return nil
 }
 
-// keepOtherNames makes a file's next name its first one when the first is about
-// to go.
-func (t tree) keepOtherNames(gone string) {
-	old, ok := t[gone]
-	if !ok || !old.Mode.IsRegular() || old.HardLink != "" {
-		return
+// has is the entry at name itself, be it a link.
+func (t tree) has(name string) (initramfs.Entry, bool) {
+	dir, err := t.follow(path.Dir(name))
+	if err != nil {
+		return initramfs.Entry{}, false
 	}
-	var names []string
-	for name, e := range t {
-		if e.HardLink == gone {
-			names = append(names, name)
-		}
-	}
-	slices.Sort(names)
-	for i, name := range names {
-		e := t[name]
-		if i == 0 {
-			why := e.Why
-			e = old
-			e.Path, e.Why = name, why
-		} else {
-			e.HardLink = names[0]
-		}
-		t[name] = e
-	}
+	e, ok := t.entries[path.Join(dir, path.Base(name))]
+	return e, ok
 }
+
+// isOurs reports whether e came with initramfs.Base and not with the recipe.
+func isOurs(e initramfs.Entry) bool { return strings.HasPrefix(e.Why, "memlinux's own") }
 
 // text is a file of ours.
 func text(name string, mode fs.FileMode, content []byte, why string) initramfs.Entry {
@@ -183,5 +170,5 @@ func (t tree) edit(name string, mode fs.FileMode, why string, change func(lines 
 	if was, ok := t.find(name); ok {
 		e.Path, e.Mode, e.UID, e.GID, e.Order = was.Path, was.Mode, was.UID, was.GID, was.Order
 	}
-	return t.put(e)
+	return t.replace(e)
 }

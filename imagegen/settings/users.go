@@ -13,30 +13,39 @@ const whyPassword = "root's password, as the recipe has it"
 // there.
 func (t tree) setPassword(hash string) error {
 	err := t.edit("etc/passwd", 0o644, whyPassword, func(lines []string) []string {
-		return setField(lines, "root:x:0:0:root:/root:/bin/sh", 1, "x")
+		return changeRoot(lines, "root:x:0:0:root:/root:/bin/sh", func(f []string) { f[1] = "x" })
 	})
 	if err != nil {
 		return err
 	}
+	const unaged = "root:*:1:0:99999:7:::"
 	return t.edit("etc/shadow", 0o600, whyPassword, func(lines []string) []string {
-		return setField(lines, "root:*:::::::", 1, hash)
+		return changeRoot(lines, unaged, func(f []string) {
+			f[1] = hash
+			// busybox passes over a line in which these are empty.
+			for i, value := range strings.Split(unaged, ":") {
+				if f[i] == "" && i != 1 {
+					f[i] = value
+				}
+			}
+		})
 	})
 }
 
-// setField sets the n-th field of root's line, which is fallback where there is
-// none.
-func setField(lines []string, fallback string, n int, value string) []string {
+// changeRoot changes the fields of root's line. Where that is missing or short,
+// full completes it.
+func changeRoot(lines []string, full string, change func(fields []string)) []string {
 	lines = slices.Clone(lines)
 	i := slices.IndexFunc(lines, func(l string) bool { return strings.HasPrefix(l, "root:") })
 	if i < 0 {
 		i = 0
-		lines = slices.Insert(lines, 0, fallback)
+		lines = slices.Insert(lines, 0, full)
 	}
 	fields := strings.Split(lines[i], ":")
-	for len(fields) <= n {
-		fields = append(fields, "")
+	if whole := strings.Split(full, ":"); len(fields) < len(whole) {
+		fields = append(fields, whole[len(fields):]...)
 	}
-	fields[n] = value
+	change(fields)
 	lines[i] = strings.Join(fields, ":")
 	return lines
 }
