@@ -49,7 +49,9 @@ func (b *build) compose(ctx context.Context, r Recipe, k kernelFile, selected *m
 			return nil, err
 		}
 		c.guest = true
-		c.tree = initramfs.Guest(root, content, box.file.Size)
+		if c.tree, err = initramfs.Guest(root, content, box.file.Size); err != nil {
+			return nil, unfit{ErrRecipe, err}
+		}
 	} else {
 		c.tree = initramfs.Base(content, box.file.Size)
 	}

@@ -1,7 +1,6 @@
 package command
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -11,6 +10,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/memlinux/memlinux/daemon/api"
@@ -26,15 +26,12 @@ type view interface {
 
 // newView picks the view for the output: JSON objects, bars on a terminal,
 // lines elsewhere.
-func newView(ctx context.Context, out *os.File, asJSON bool) view {
+func newView(out *os.File, asJSON bool) view {
 	switch {
 	case asJSON:
 		return &jsonView{out: json.NewEncoder(out)}
 	case term.IsTerminal(int(out.Fd())) && os.Getenv("TERM") != "dumb":
-		// The terminal has echoed ^C, and the bars are drawn from the column
-		// that the cursor is in.
-		context.AfterFunc(ctx, func() { fmt.Fprint(out, "\r") })
-		return &barView{bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(64), mpb.WithRefreshRate(100*time.Millisecond))}
+		return &barView{restore: quietCtrl(out), bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(64), mpb.WithRefreshRate(100*time.Millisecond))}
 	}
 	return &lineView{out: out}
 }
@@ -109,11 +106,28 @@ func (v *lineView) end(ok bool) {
 	}
 }
 
+// quietCtrl stops the terminal from showing Ctrl-C as ^C: the bars are drawn from
+// the column that the cursor is in. What it returns puts that back.
+func quietCtrl(out *os.File) (restore func()) {
+	fd := int(out.Fd())
+	was, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		return func() {}
+	}
+	quiet := *was
+	quiet.Lflag &^= unix.ECHOCTL
+	if unix.IoctlSetTermios(fd, unix.TCSETS, &quiet) != nil {
+		return func() {}
+	}
+	return func() { _ = unix.IoctlSetTermios(fd, unix.TCSETS, was) } // the terminal is gone if this fails
+}
+
 // barView draws a bar for each phase.
 type barView struct {
-	bars *mpb.Progress
-	bar  *mpb.Bar
-	now  *shown
+	restore func()
+	bars    *mpb.Progress
+	bar     *mpb.Bar
+	now     *shown
 	phaseClock
 }
 
@@ -144,10 +158,10 @@ func (s *shown) text(decor.Statistics) string {
 	case done || j.Total == 0:
 		return fmt.Sprintf("%s  %s  %s", amount(j, j.Bytes), rate(j, float64(j.Bytes)/max(took.Seconds(), 0.001)), seconds(took))
 	case j.Rate == 0:
-		return fmt.Sprintf("%s of %s", amount(j, j.Bytes), amount(j, j.Total))
+		return of(j)
 	}
 	left := time.Duration(float64(j.Total-min(j.Bytes, j.Total)) / float64(j.Rate) * float64(time.Second))
-	return fmt.Sprintf("%s of %s  %s  %s left", amount(j, j.Bytes), amount(j, j.Total), rate(j, float64(j.Rate)), seconds(left))
+	return fmt.Sprintf("%s  %s  %s left", of(j), rate(j, float64(j.Rate)), seconds(left))
 }
 
 func (v *barView) update(j api.Job) {
@@ -194,6 +208,7 @@ func (v *barView) finish(ok bool) {
 func (v *barView) end(ok bool) {
 	v.finish(ok)
 	v.bars.Wait()
+	v.restore()
 }
 
 func size[T int64 | uint64](n T) string { return humanize.IBytes(uint64(n)) }
@@ -204,6 +219,14 @@ func amount(j api.Job, n uint64) string {
 		return plural(int(n), "object")
 	}
 	return size(n)
+}
+
+// of is how much of how much is done.
+func of(j api.Job) string {
+	if j.Unit == api.UnitObjects {
+		return fmt.Sprintf("%d of %s", j.Bytes, amount(j, j.Total))
+	}
+	return amount(j, j.Bytes) + " of " + amount(j, j.Total)
 }
 
 func rate(j api.Job, perSecond float64) string {

@@ -133,7 +133,7 @@ func (g *global) follow(ctx context.Context, out *os.File, start func(context.Co
 	if err != nil {
 		return job, "", err
 	}
-	v := newView(ctx, out, g.json)
+	v := newView(out, g.json)
 	job, err = c.Follow(ctx, path, v.update)
 	v.end(err == nil && (job.State == api.StateSucceeded || job.Error == api.ErrVerification))
 	if err == nil && job.State != api.StateSucceeded {

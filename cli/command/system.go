@@ -190,7 +190,7 @@ func (s *systemFlags) open(ctx context.Context, g *global, out *os.File) (*opene
 		return nil, err
 	}
 	o := &opened{options: api.Properties{}}
-	v := newView(ctx, out, g.json && out == os.Stdout)
+	v := newView(out, g.json && out == os.Stdout)
 	err = s.fill(ctx, g, o, r, text, v)
 	v.end(err == nil)
 	if err != nil {

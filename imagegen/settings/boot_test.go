@@ -25,7 +25,9 @@ import (
 )
 
 // patience is for one step under TCG on a busy machine.
-const patience = 80 * time.Second
+const patience = 120 * time.Second
+
+var epoch = time.Unix(0, 0)
 
 // machine is a QEMU that boots a tree directly, with its serial line.
 type machine struct {
@@ -56,7 +58,7 @@ func boot(t *testing.T, a *Applied, memory int, args ...string) *machine {
 		t.Fatal(err)
 	}
 	defer archive.Close()
-	if _, err := initramfs.Pack(t.Context(), archive, a.Tree, "zstd", time.Unix(0, 0), nil); err != nil {
+	if _, err := initramfs.Pack(t.Context(), archive, a.Tree, "zstd", epoch, nil); err != nil {
 		t.Fatal(err)
 	}
 	m := &machine{t: t, exited: make(chan struct{}), more: make(chan struct{}), qmp: filepath.Join(dir, "qmp"), start: time.Now()}
@@ -406,6 +408,24 @@ func TestBootGuestWithoutInit(t *testing.T) {
 	m.typed(`mkdir /mnt; mount -t tmpfs none /mnt && mkdir /mnt/old && cp /bin/sh /mnt && unshare -m sh -c 'mount --make-rprivate /; pivot_root /mnt /mnt/old && echo pivoted'; poweroff`)
 	m.expect(`(?m)^pivoted$`)
 	m.expectEnd()
+}
+
+// A root whose own init takes over, and whose /init is another program.
+func TestBootGuestWithInit(t *testing.T) {
+	b, size := busyboxFile(t)
+	box := initramfs.Entry{Path: "bin/busybox", Mode: 0o755, Content: b, Size: size, Why: "test"}
+	first := text("sbin/init", 0o755, []byte(`#!/bin/busybox sh
+b=/bin/busybox
+echo "the root's own init is $$ with $* $PATH"
+$b grep -c " / " /proc/mounts
+for d in dev proc sys run; do $b grep -q " /$d " /proc/mounts && echo "has /$d"; done
+$b hostname
+$b cat /init
+$b poweroff -f
+`), "test")
+	m := boot(t, guest(t, Settings{Hostname: "own", Consoles: []string{"tty0", "ttyS0"}}, rootTree(t, box, first, file("init", "the image's own\n"))), 256, noNIC...)
+	m.expectEnd()
+	m.expect(`(?m)^memlinux: ready build=0123456789abcdef ram=2[0-9]{2} MiB\nthe root's own init is 1 with  /usr/local/sbin:.*:/bin:/run/memlinux/bin\n1\nhas /dev\nhas /proc\nhas /sys\nhas /run\nown\nthe image's own$`)
 }
 
 // debian is a root tree made by mmdebstrap, from the cache.
