@@ -9,6 +9,7 @@ import (
 	"github.com/memlinux/memlinux/bootloader/menulst"
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/imagegen"
+	"github.com/memlinux/memlinux/imagegen/sandbox"
 	"github.com/memlinux/memlinux/media"
 	"github.com/memlinux/memlinux/media/blockdev"
 	"github.com/memlinux/memlinux/media/fat32"
@@ -26,6 +27,7 @@ func errorName(err error) string {
 		mismatch    *media.MismatchError
 		grubMissing *grub.MissingError
 		qemuMissing *testvm.MissingError
+		toolMissing *sandbox.MissingError
 		menu        *menulst.InvalidError
 	)
 	switch {
@@ -43,7 +45,7 @@ func errorName(err error) string {
 		return api.ErrNoSpace
 	case errors.As(err, &mismatch):
 		return api.ErrVerification
-	case errors.As(err, &grubMissing), errors.As(err, &qemuMissing):
+	case errors.As(err, &grubMissing), errors.As(err, &qemuMissing), errors.As(err, &toolMissing):
 		return api.ErrMissingProgram
 	case errors.Is(err, imagegen.ErrRecipe), errors.As(err, &menu):
 		return api.ErrInvalidOption

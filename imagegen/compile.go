@@ -9,10 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/memlinux/memlinux/imagegen/busybox/source"
 	"github.com/memlinux/memlinux/imagegen/kbuild"
 	"github.com/memlinux/memlinux/imagegen/modules"
+	"github.com/memlinux/memlinux/imagegen/sandbox"
 	"golang.org/x/sys/unix"
 )
 
@@ -49,6 +51,9 @@ func (b *build) sourceKernel(ctx context.Context, src KernelSource, withModules 
 			return k, err
 		}
 	}
+	if err := b.verify(ctx, src.Source, code); err != nil {
+		return kernelFile{}, err
+	}
 	if record, err = b.compileKernel(ctx, r); err != nil {
 		return kernelFile{}, err
 	}
@@ -63,7 +68,7 @@ func (b *build) compileKernel(ctx context.Context, r kbuild.Request) (record bui
 		return record, err
 	}
 	defer os.RemoveAll(r.WorkDir)
-	if r.CcacheDir, err = b.ccache(); err != nil {
+	if r.CcacheDir, err = b.ccache(ctx); err != nil {
 		return record, err
 	}
 	built, err := kbuild.Build(ctx, r, func(step string, done, total int64) {
@@ -95,8 +100,14 @@ func (b *build) compileKernel(ctx context.Context, r kbuild.Request) (record bui
 }
 
 // ccache is the folder of the compilers' cache, made where it is missing. It is
-// for the user that compiles.
-func (b *build) ccache() (string, error) {
+// for the user that compiles, who must be able to come there.
+func (b *build) ccache(ctx context.Context) (string, error) {
+	if err := sandbox.Run(ctx, sandbox.Command{Argv: []string{"true"}, Dir: b.g.CacheDir, Limit: time.Minute}); err != nil {
+		if ctx.Err() != nil {
+			return "", ctx.Err()
+		}
+		return "", fmt.Errorf("compilers can't run in the cache's folder: %w; set cache-dir to one that every user can enter", err)
+	}
 	dir := filepath.Join(b.g.CacheDir, "ccache")
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // object files are no secret
 		return "", fmt.Errorf("the compilers' cache: %w", err)
@@ -151,12 +162,11 @@ func (b *build) keepLog(path, name string) string {
 
 // builtKernel is the kernel of a record whose files are all in the cache.
 func (b *build) builtKernel(ctx context.Context, r builtKernel, source string, withModules bool) (kernelFile, error) {
-	image, err := b.store.Open(r.Image)
+	image, err := b.store.Lookup(ctx, r.Image)
 	if err != nil {
 		return kernelFile{}, err
 	}
-	defer image.Close()
-	k, err := b.takeKernel(ctx, image, "source "+source, func(string) (io.ReadCloser, error) { return b.store.Open(r.Config) })
+	k, err := b.cachedKernel(ctx, image, "source "+source, func(string) (io.ReadCloser, error) { return b.store.Open(r.Config) })
 	if err != nil {
 		return kernelFile{}, err
 	}
@@ -204,6 +214,7 @@ type builtBusybox struct {
 func (b *build) sourceBusybox(ctx context.Context, s BusyboxSource) (busyboxFile, error) {
 	r := source.Request{Apt: b.g.Apt}
 	lock := "busybox"
+	verify := func() error { return nil } // apt's signed lists do
 	if s.DebianSource {
 		lock = "apt" // which does its work in between
 	} else {
@@ -213,6 +224,7 @@ func (b *build) sourceBusybox(ctx context.Context, s BusyboxSource) (busyboxFile
 		}
 		defer code.close()
 		r.Source, r.Size, r.SourceSHA256 = code.f, code.size, code.sha256
+		verify = func() error { return b.verify(ctx, s.Source, code) }
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.Fragments)) {
 		r.Fragments = append(r.Fragments, source.Fragment{Name: name, Text: s.Fragments[name]})
@@ -233,11 +245,14 @@ func (b *build) sourceBusybox(ctx context.Context, s BusyboxSource) (busyboxFile
 			return box, err
 		}
 	}
+	if err := verify(); err != nil {
+		return busyboxFile{}, err
+	}
 	if r.WorkDir, err = b.store.TempDir(); err != nil {
 		return busyboxFile{}, err
 	}
 	defer os.RemoveAll(r.WorkDir)
-	if r.CcacheDir, err = b.ccache(); err != nil {
+	if r.CcacheDir, err = b.ccache(ctx); err != nil {
 		return busyboxFile{}, err
 	}
 	built, err := source.Build(ctx, r, func(step string, done, total int64) {

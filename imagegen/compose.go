@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -82,6 +83,9 @@ func (b *build) compose(ctx context.Context, r Recipe, k kernelFile, selected *m
 		if err := c.lay(payload); err != nil {
 			return nil, unfit{ErrRecipe, err}
 		}
+		if !c.guest {
+			b.hidden(payload, box)
+		}
 	}
 	if err := c.addCapabilities(); err != nil {
 		return nil, unfit{ErrRecipe, err}
@@ -92,6 +96,24 @@ func (b *build) compose(ctx context.Context, r Recipe, k kernelFile, selected *m
 		}
 	}
 	return c, nil
+}
+
+// hidden warns of programs that busybox's shell has itself: with
+// FEATURE_SH_STANDALONE, by which busybox is an applet of its own, it starts
+// those first.
+func (b *build) hidden(payload initramfs.Tree, box busyboxFile) {
+	if !slices.Contains(box.info.Applets, "busybox") {
+		return
+	}
+	var paths []string
+	for _, e := range payload {
+		if e.Mode.IsRegular() && e.Mode&0o111 != 0 && slices.Contains([]string{"bin", "sbin", "usr/bin", "usr/sbin"}, path.Dir(e.Path)) && slices.Contains(box.info.Applets, path.Base(e.Path)) {
+			paths = append(paths, "/"+e.Path)
+		}
+	}
+	if paths != nil {
+		b.warn("this busybox's shell starts its own %s when only the name is typed; type the whole path, or take --busybox debian-source, whose shell does not", strings.Join(paths, ", "))
+	}
 }
 
 func (g Generator) root() string {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"regexp"
+	"strings"
 
 	"github.com/memlinux/memlinux/imagegen/debian"
 	"github.com/memlinux/memlinux/imagegen/kernel"
@@ -106,7 +107,12 @@ func (b *build) fetch(ctx context.Context, phase, name string, follow *regexp.Re
 func (b *build) lookup(ctx context.Context, r fetched, withModules bool) (taken, bool) {
 	t := taken{from: r.Package, files: map[string]File{}}
 	for path, sha := range r.Files {
-		f, err := b.store.Lookup(ctx, sha)
+		look := b.store.Lookup
+		if strings.HasPrefix(path, "usr/src/") {
+			// A large one, which is read only where it is compiled.
+			look = func(_ context.Context, sha string) (File, error) { return b.store.Find(sha) }
+		}
+		f, err := look(ctx, sha)
 		if err != nil {
 			return taken{}, false
 		}

@@ -129,8 +129,30 @@ func (b *build) takeKernel(ctx context.Context, f *os.File, source string, besid
 		return kernelFile{}, err
 	}
 	defer staged.Discard()
-	k := kernelFile{source: source}
-	if k.image, err = kernel.ParseImage(staged, staged.Size()); err != nil {
+	k, err := inspectKernel(ctx, staged, staged.Size(), source, beside)
+	if err != nil {
+		return kernelFile{}, err
+	}
+	k.file, err = staged.Commit(ctx)
+	return k, err
+}
+
+// cachedKernel reads what the kernel is that the cache has in file.
+func (b *build) cachedKernel(ctx context.Context, file File, source string, beside func(name string) (io.ReadCloser, error)) (kernelFile, error) {
+	f, err := os.Open(file.Path)
+	if err != nil {
+		return kernelFile{}, err
+	}
+	defer f.Close()
+	k, err := inspectKernel(ctx, f, file.Size, source, beside)
+	k.file = file
+	b.progress(PhaseKernel, file.Size, file.Size)
+	return k, err
+}
+
+func inspectKernel(ctx context.Context, r io.ReaderAt, size int64, source string, beside func(name string) (io.ReadCloser, error)) (k kernelFile, err error) {
+	k.source = source
+	if k.image, err = kernel.ParseImage(r, size); err != nil {
 		return kernelFile{}, err
 	}
 	if k.image.Arch != "x86_64" {
@@ -138,22 +160,21 @@ func (b *build) takeKernel(ctx context.Context, f *os.File, source string, besid
 	}
 	// The file beside it first: the kernel would have to be unpacked.
 	name := "config-" + k.image.Release
-	if r, err := beside(name); err == nil {
-		k.config, err = kernel.ParseConfig(r)
-		_ = r.Close()
+	if text, err := beside(name); err == nil {
+		k.config, err = kernel.ParseConfig(text)
+		_ = text.Close()
 		if err != nil {
 			return kernelFile{}, fmt.Errorf("%s: %w", name, err)
 		}
 		k.configSource = name
-	} else if config, err := k.image.EmbeddedConfig(ctx, staged); err == nil {
+	} else if config, err := k.image.EmbeddedConfig(ctx, r); err == nil {
 		k.config, k.configSource = config, "IKCONFIG"
 	} else if ctx.Err() != nil {
 		return kernelFile{}, err
 	} else if !errors.Is(err, kernel.ErrNoConfig) {
 		return kernelFile{}, fmt.Errorf("kernel %s: %w", k.image.Release, err)
 	}
-	k.file, err = staged.Commit(ctx)
-	return k, err
+	return k, nil
 }
 
 // A kernel's meta package depends on the package of one release.
@@ -174,12 +195,7 @@ func (b *build) debianKernel(ctx context.Context, name string, withModules bool)
 	if !found {
 		return kernelFile{}, unfit{ErrKernel, fmt.Errorf("no kernel (boot/vmlinuz-…) is in Debian's package %s", from.Name)}
 	}
-	f, err := os.Open(files[image].Path)
-	if err != nil {
-		return kernelFile{}, err
-	}
-	defer f.Close()
-	k, err := b.takeKernel(ctx, f, "debian "+from.Name+" "+from.Version, func(name string) (io.ReadCloser, error) {
+	k, err := b.cachedKernel(ctx, files[image], "debian "+from.Name+" "+from.Version, func(name string) (io.ReadCloser, error) {
 		return os.Open(files["boot/"+name].Path)
 	})
 	if err != nil {

@@ -71,6 +71,9 @@ func (b *build) library(ctx context.Context, index string) (*modules.Library, er
 	if err != nil {
 		return nil, err
 	}
+	if !l.Checked {
+		return nil, fmt.Errorf("the modules in the cache have no checksums: %w", os.ErrNotExist)
+	}
 	archive, err := b.store.Open(l.Archive)
 	if err != nil {
 		return nil, err
@@ -217,7 +220,7 @@ func moduleFiles(archive io.ReaderAt, s *modules.Selection) ([]initramfs.Entry, 
 	text(dir+"/modules.devname", s.Devname(), "device nodes that load their module")
 	text("etc/filesystems", s.Filesystems(), "the order in which mount tries file systems")
 	for _, m := range s.Modules {
-		entries = append(entries, initramfs.Entry{Path: dir + "/" + m.Path, Mode: 0o644, Content: r.Open(m), Size: m.Size, SHA256: m.SHA256, Why: "module " + s.Why(m.Name())})
+		entries = append(entries, initramfs.Entry{Path: dir + "/" + m.Path, Mode: 0o644, Content: r.Open(m), Size: m.Size, SHA256: m.SHA256, Checked: true, Why: "module " + s.Why(m.Name())})
 	}
 	return entries, nil
 }

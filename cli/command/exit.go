@@ -45,7 +45,7 @@ func exitCode(err error) int {
 		return exitCancelled
 	}
 	switch api.ErrorName(err) {
-	case api.ErrInvalidOption:
+	case api.ErrInvalidOption, api.ErrInvalidRecipe:
 		return exitUsage
 	case api.ErrDeviceBusy, api.ErrDeviceIsSystem, api.ErrDeviceRefused, api.ErrDeviceChanged:
 		return exitRefused

@@ -127,11 +127,10 @@ func problemsError(problems []recipe.Problem) error {
 	if len(problems) == 0 {
 		return nil
 	}
-	count := "1 problem"
-	if n := len(problems); n > 1 {
-		count = fmt.Sprintf("%d problems", n)
+	if len(problems) == 1 {
+		return &invalidRecipe{problems[0].String(), problems}
 	}
-	lines := []string{fmt.Sprintf("%s has %s:", problems[0].File, count)}
+	lines := []string{fmt.Sprintf("%s has %d problems:", problems[0].File, len(problems))}
 	for _, p := range problems {
 		lines = append(lines, p.String())
 	}

@@ -455,8 +455,11 @@ func (o *opened) collectRootfs(ctx context.Context, g *global, from string, v vi
 		info, err = collect.Rootfs(ctx, w, from, progress)
 		return err
 	})
+	if err != nil && ctx.Err() == nil {
+		return &api.Error{Name: api.ErrInvalidRecipe, Message: "rootfs: " + err.Error()}
+	}
 	if err != nil {
-		return fmt.Errorf("rootfs: %w", err)
+		return err
 	}
 	g.notes = append(g.notes, info.Notes...)
 	if command := slices.Concat(info.Entrypoint, info.Cmd); len(command) > 0 {

@@ -22,7 +22,7 @@ const (
 	ErrBusy           = errPrefix + "Busy"           // too many jobs run
 	ErrCancelled      = errPrefix + "Cancelled"      // the job was cancelled
 	ErrInvalidOption  = errPrefix + "InvalidOption"  // an unknown option, or a value of the wrong type
-	ErrInvalidRecipe  = errPrefix + "InvalidRecipe"  // a kernel or busybox that can't make a system
+	ErrInvalidRecipe  = errPrefix + "InvalidRecipe"  // a recipe, or a kernel, busybox or file of it, that can't make a system
 	ErrVerification   = errPrefix + "Verification"   // written, but not proven
 	ErrMissingProgram = errPrefix + "MissingProgram" // a program or its data is not installed
 	ErrNoSuchJob      = errPrefix + "NoSuchJob"      // no job of that id

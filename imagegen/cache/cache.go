@@ -83,6 +83,21 @@ func (s *Store) Lookup(ctx context.Context, sha string) (File, error) {
 	return f, nil
 }
 
+// Find is Lookup without reading: whether the file's bytes still match is not
+// known. It is for large files of which all but the size may never be needed.
+func (s *Store) Find(sha string) (File, error) {
+	f, err := s.Open(sha)
+	if err != nil {
+		return File{}, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return File{}, fmt.Errorf("look up in cache: %w", err)
+	}
+	return File{Path: f.Name(), Size: st.Size(), SHA256: sha}, nil
+}
+
 // Open opens the file with the given SHA-256 (hex) without reading it: for a
 // large file of which each part that is used is verified by itself. A missing
 // file is os.ErrNotExist.

@@ -3,7 +3,6 @@ package initramfs
 import (
 	"bytes"
 	_ "embed"
-	"fmt"
 	"io"
 	"io/fs"
 	"slices"
@@ -20,12 +19,9 @@ const (
 // its own, as images of containers do. The kernel then needs rdinit=/GuestInit.
 const GuestInit = "usr/lib/memlinux/init"
 
-// Paths of the two files by which /init knows that the kernel unpacked all of
-// the archive: where memory ends, the kernel goes on with what it has.
-const (
-	markPath = "etc/memlinux/complete"
-	ramPath  = "etc/memlinux/ram"
-)
+// markPath is the file by which /init knows that the kernel unpacked all of the
+// archive: where memory ends, the kernel goes on with what it has.
+const markPath = "etc/memlinux/complete"
 
 //go:embed guest-profile.sh
 var guestProfile []byte
@@ -34,14 +30,6 @@ var guestProfile []byte
 // has /bin/busybox for it.
 func Script(text []byte, busybox string) []byte {
 	return bytes.ReplaceAll(text, []byte("/"+Busybox), []byte("/"+busybox))
-}
-
-// RAM is the file from which /init tells how much memory, in MiB, the machine
-// should have had when it finds that a part of the tree is missing.
-func RAM(mib int64) Entry {
-	text := fmt.Sprintf("%d\n", mib)
-	return Entry{Path: ramPath, Mode: 0o644, Content: strings.NewReader(text), Size: int64(len(text)), Order: -1,
-		Why: "memlinux's own: the memory that this system needs"}
 }
 
 // Guest is a root tree of another make with what it takes to start it in

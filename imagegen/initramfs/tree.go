@@ -27,6 +27,7 @@ type Entry struct {
 	Content  io.ReaderAt // of a file
 	Size     int64       // of Content, bytes
 	SHA256   string      // hex, what Content must have; "" where that is not known
+	Checked  bool        // Content finds out by itself when it has not SHA256
 	Caps     []byte      // security.capability of a file, raw. The newc format can't hold it: see package filecaps
 	Why      string      // a clause: why it is in the image and where it comes from
 	Order    int         // -1: before all others in the archive, +1: behind them; a folder never comes behind what is in it

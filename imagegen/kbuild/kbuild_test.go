@@ -492,14 +492,13 @@ func TestKey(t *testing.T) {
 	}
 }
 
-func TestToolchainHasVersions(t *testing.T) {
-	need.Root(t)
+func TestToolchainTellsCompilersApart(t *testing.T) {
 	need.Tool(t, "gcc", "gcc")
-	text, err := toolchain(t.Context())
+	text, err := toolchain()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"gcc: gcc (", "ld: GNU ld (", "lzop: "} {
+	for _, want := range []string{"gcc: /usr/bin/", "ld: /usr/bin/", "lzop: "} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in %s", want, text)
 		}

@@ -96,7 +96,7 @@ var landmarks = []string{"Makefile", "Kbuild", "Kconfig", "arch/x86/Makefile"}
 
 func (s *sieve) copy(ctx context.Context, plain io.Reader, to *tar.Writer) error {
 	s.seen = map[string]bool{}
-	s.err = s.entries(ctx, &zeroCounter{r: plain}, to)
+	s.err = s.entries(ctx, &zeroCounter{r: &capped{ctx, plain, sourceLimits.Bytes}}, to)
 	return s.err
 }
 
@@ -339,4 +339,23 @@ func room(dir string, need int64) error {
 		return fmt.Errorf("building this kernel takes about %.1f GB in %s, and %.1f GB are free there: %w", float64(need)/1e9, dir, float64(free)/1e9, os.NewSyscallError("statfs", unix.ENOSPC))
 	}
 	return nil
+}
+
+// capped ends with the context and behind what a source may unpack to: what
+// the sieve drops never comes to Unpack, which has the limits.
+type capped struct {
+	ctx  context.Context
+	r    io.Reader
+	left int64
+}
+
+func (c *capped) Read(p []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
+	n, err := c.r.Read(p)
+	if c.left -= int64(n); c.left < 0 {
+		return 0, fmt.Errorf("it unpacks to more than %d MiB, and no kernel does; fetch it again from where you trust", sourceLimits.Bytes>>20)
+	}
+	return n, err
 }

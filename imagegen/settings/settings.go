@@ -10,7 +10,6 @@
 // are optional.
 //
 //	complete       an empty file, the last of the archive: all of it was unpacked
-//	ram            the MiB of RAM that the system needs, a number
 //	filecaps       a program that gives files their capabilities
 //	keymap         a binary keymap, as busybox's loadkmap reads it
 //	inittab        lines for busybox's inittab: services
