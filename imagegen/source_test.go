@@ -57,18 +57,16 @@ func TestSourceByAddress(t *testing.T) {
 	if got, err := get(""); got != "source one" || err != nil {
 		t.Errorf("unchanged: %q, %v", got, err)
 	}
-	before := requests
 	if got, err := get("2FD7C3A1D7EBAE62E5A8F4A5C2CA9A3B4D8CD6B5D0D3D1F8C9CDB1B1D2C5F9AA"); err == nil {
 		t.Errorf("a wrong digest in capitals passed: %q", got)
 	}
-	sum := "" // the cache's own, so that the network is not asked
 	src, err := b.source(t.Context(), "kernel", SourceCode{URL: server.URL + "/x.tar"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	sum = src.sha256
+	sum := src.sha256 // the cache's own, so that the network is not asked
 	src.close()
-	before = requests
+	before := requests
 	if got, err := get(strings.ToUpper(sum)); got != "source one" || err != nil || requests != before {
 		t.Errorf("what is in the cache with the right digest: %q, %v, %d requests", got, err, requests-before)
 	}

@@ -80,7 +80,7 @@ func TestDiff(t *testing.T) {
 	b.Initramfs.Files[1].SHA256 = strings.Repeat("b", 63) + "c"
 	b.Initramfs.Files[1].Compressed = 40
 	b.Initramfs.Files[2] = File{Path: "init", Mode: "100755", Size: 1, Why: "own", Cost: Cost{3, 4}}
-	b.Initramfs.Files[0].Cost.Compressed++ // the neighbours' doing, not a change
+	b.Initramfs.Files[0].Compressed++ // the neighbours' doing, not a change
 	got := Diff(sample(), b)
 	for i := range got {
 		got[i].Before, got[i].After = got[i].Before[:min(4, len(got[i].Before))], got[i].After[:min(4, len(got[i].After))]

@@ -128,7 +128,7 @@ func (a *application) timezone(context.Context) error {
 		return nil
 	}
 	why := "the time zone " + a.Timezone + ", as the recipe has it"
-	zone := text("etc/localtime", 0o644, nil, why)
+	var zone initramfs.Entry
 	if e, ok := a.tree.find(zoneinfo + "/" + a.Timezone); ok && e.Mode.IsRegular() {
 		// A guest's own file is the one that its C library understands, and by the
 		// link timedatectl knows the name.

@@ -36,7 +36,7 @@ func compileKeymap(ctx context.Context, name string) ([]byte, error) {
 			return nil, fmt.Errorf("make the keymap %s: %w", name, err)
 		}
 	}
-	symbols, err := os.ReadFile(xkbSymbols + layout) //nolint:gosec // a name without a slash
+	symbols, err := os.ReadFile(xkbSymbols + layout)
 	if errors.Is(err, os.ErrNotExist) {
 		if _, err := os.Stat(xkbSymbols); err != nil {
 			return nil, fmt.Errorf("make the keymap %s: %w", name, &sandbox.MissingError{What: xkbSymbols, Package: "xkb-data"})
