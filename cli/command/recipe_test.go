@@ -89,7 +89,7 @@ func TestCheckNamesEveryProblem(t *testing.T) {
 				if jerr := json.Unmarshal([]byte(events[i]), &e); jerr != nil || e.Event != "problem" || !strings.HasPrefix(e.String(), path+want) {
 					t.Errorf("got %s, want %s", events[i], want)
 				}
-				if !strings.Contains(err.Error(), "\n"+path+want) {
+				if !strings.Contains("\n"+err.Error(), "\n"+path+want) {
 					t.Errorf("%q is not in\n%v", want, err)
 				}
 			}
