@@ -75,6 +75,8 @@ var deadEnds = []struct{ sign, meaning string }{
 	{"Initramfs unpacking failed", "the kernel could not unpack the initramfs: it is damaged, or too large for the machine's memory"},
 	{"Failed to execute /init", "the kernel could not run /init of the initramfs"},
 	{"Kernel panic", "the kernel panicked"},
+	{"was unpacked; add memory", "the system did not fit into the machine's memory"},
+	{"its initramfs is damaged; write it again", "the system's initramfs is damaged"},
 }
 
 // grubPrompt alone at the start of a line is GRUB without a menu.

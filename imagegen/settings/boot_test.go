@@ -279,6 +279,8 @@ func TestBootAllSettings(t *testing.T) {
 	need.Tool(t, "loadkeys", "kbd")
 	need.File(t, "/usr/share/zoneinfo/Asia/Kathmandu", "tzdata")
 	load, early := drivers(t, "failover", "net_failover", "virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_net")
+	// In the place of the program that gives files their capabilities.
+	load = append(load, text("etc/memlinux/filecaps", 0o755, []byte("#!/bin/busybox sh\ntouch /run/caps\necho no such file\nexit 1\n"), "test"))
 	a := ours(t, Settings{
 		Hostname: "kiosk.example.org", Keymap: "de", Timezone: "Asia/Kathmandu", DHCP: []string{AllLinks},
 		Services: []Service{
@@ -290,10 +292,11 @@ func TestBootAllSettings(t *testing.T) {
 		},
 	}, load...)
 	m := boot(t, a, 256, "-netdev", "user,id=n,net=192.168.77.0/24,dhcpstart=192.168.77.9", "-device", "virtio-net-pci,netdev=n")
+	m.expect(`(?m)^memlinux: file capabilities are missing: no such file$`)
 	m.expect(`(?m)^memlinux: ready build=0123456789abcdef ram=2[0-9]{2} MiB$`)
 	m.expect(`memlinux:~# `)
-	m.typed(`hostname; date -d @0 +%H:%M; xargs </run/order; ps | grep -c "sleep 1234[5]"; cat /etc/timezone`)
-	m.expect(`(?m)^kiosk\.example\.org\n05:30\nfirst second\n1\nAsia/Kathmandu$`)
+	m.typed(`ls /run/caps; hostname; date -d @0 +%H:%M; xargs </run/order; ps | grep -c "sleep 1234[5]"; cat /etc/timezone`)
+	m.expect(`(?m)^/run/caps\nkiosk\.example\.org\n05:30\nfirst second\n1\nAsia/Kathmandu$`)
 	m.typed(`n=0; until grep -qs ^nameserver /etc/resolv.conf || [ $n = 50 ]; do sleep 1; n=$((n+1)); done; ip route | xargs; cat /etc/resolv.conf; ip -4 -o addr show dev eth0 | grep -o "inet [^ ]*"; ping -c1 192.168.77.2 | grep -o "1 packets received"`)
 	m.expect(`(?m)^default via 192\.168\.77\.2 dev eth0 metric \d+ 192\.168\.77\.0/24 dev eth0 scope link src 192\.168\.77\.9\nnameserver 192\.168\.77\.3\ninet 192\.168\.77\.9/24\n1 packets received$`)
 	// The keys Y and ;, on a German keyboard z and ö.
@@ -400,7 +403,7 @@ func TestBootTooLittleMemory(t *testing.T) {
 func TestBootGuestWithoutInit(t *testing.T) {
 	b, size := busyboxFile(t)
 	sh := initramfs.Entry{Path: "bin/sh", Mode: 0o755, Content: b, Size: size, Why: "test"}
-	app := text("opt/app/run", 0o755, []byte("#!/bin/sh\necho \"app $* $(id -u):$(id -g) $PWD $GREETING $HOME\"\nread line || echo no input\nenv | cut -d= -f1 | sort | xargs\n"), "test")
+	app := text("opt/app/run", 0o755, []byte("#!/bin/sh\necho \"app $* $(id -u):$(id -g) $PWD $GREETING $HOME\"\n{ read line || echo no input; env | cut -d= -f1 | sort | xargs; } >/tmp/app\n"), "test")
 	m := boot(t, guest(t, Settings{
 		Hostname: "tiny", Consoles: []string{"tty0", "ttyS0,115200"}, Services: []Service{{Command: "touch /run/service", Action: "sysinit"}},
 		Guest: &Guest{Command: Command{Argv: []string{"run", "it's", "$HOME"}, Env: []string{"GREETING=hello world", "PATH=/opt/app:/bin"}, Dir: "/srv/work", User: "1001:7"}},
@@ -409,7 +412,8 @@ func TestBootGuestWithoutInit(t *testing.T) {
 	m.expect(`~ ?# |memlinux:~# `)
 	m.typed(`echo $(hostname) $0 $PATH; ls /bin /run/service; cat /proc/mounts | grep -c " / "; tty`)
 	m.expect(`(?m)^tiny -(/bin/)?sh .*:/run/memlinux/bin\n/run/service\n\n/bin:\nsh\n1\n/dev/ttyS0$`)
-	m.expect(`(?m)^app it's \$HOME 1001:7 /srv/work hello world /$`)
+	m.expect(`(?m)app it's \$HOME 1001:7 /srv/work hello world /$`)
+	m.typed(`cat /tmp/app`)
 	m.expect(`(?m)^no input\nGREETING HOME OLDPWD PATH PWD SHLVL$`)
 	m.typed(`mkdir /mnt; mount -t tmpfs none /mnt && mkdir /mnt/old && cp /bin/sh /mnt && unshare -m sh -c 'mount --make-rprivate /; pivot_root /mnt /mnt/old && echo pivoted'; poweroff`)
 	m.expect(`(?m)^pivoted$`)
@@ -484,12 +488,12 @@ func TestBootDebian(t *testing.T) {
 			m.typed(`export SYSTEMD_PAGER=cat; exec env TERM=dumb bash --noediting`)
 			m.expect(`--noediting\n.*root@ramdebian:~# $`)
 			m.typed(`echo "$(systemctl is-system-running --wait), failed: $(systemctl --failed --no-legend --plain | wc -l)"`)
-			m.expect(`(?m)running, failed: 0$`)
+			m.expect(`(?s)\nrunning, failed: 0\n.*# $`)
 			m.typed(`cat /proc/1/comm /etc/timezone; date -d @0 +%H:%M; which udhcpc`)
-			m.expect(`systemd\nAsia/Kathmandu\n05:30\n/run/memlinux/bin/udhcpc`)
+			m.expect(`systemd\nAsia/Kathmandu\n05:30\n/run/memlinux/bin/udhcpc\n.*# $`)
 			// Units with a view of their own of the files, on a root that is rootfs.
-			m.typed(`systemd-run -q --pipe -p PrivateTmp=yes -p ProtectSystem=strict sh -c 'touch /usr/x 2>/dev/null || echo sandboxed'`)
-			m.expect(`(?m)sandboxed$`)
+			m.typed(`systemd-run -q --pipe -p PrivateTmp=yes -p ProtectSystem=strict sh -c 'touch /usr/x 2>/dev/null || echo sandboxed' </dev/null`)
+			m.expect(`sandboxed\n.*# $`)
 			m.typed(`poweroff`)
 			m.expectEnd()
 		})
