@@ -40,6 +40,7 @@ func printReport(w io.Writer, r *api.Report, output string) {
 	row := func(key, format string, args ...any) { fmt.Fprintf(t, "%s\t%s\n", key, fmt.Sprintf(format, args...)) }
 	if s := r.System; s != nil {
 		row("system", "build %s, Linux %s (%s), initramfs %s", s.ID, s.KernelRelease, size(s.KernelSize), size(s.InitramfsSize))
+		row("memory", "at least %d MiB, with UEFI %d MiB", s.MemoryBIOS, s.MemoryUEFI)
 	}
 	switch {
 	case r.Target != nil && r.Target.Kind == "device":
