@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"io"
 	"net"
@@ -410,4 +411,59 @@ func TestBootSwitchesRootByModules(t *testing.T) {
 			}
 		})
 	}
+}
+
+// intelUpdate is an update of microcode as Intel's manual has it (SDM vol. 3A,
+// 10.11.1), of zeros and for no processor there is.
+func intelUpdate() []byte {
+	b := make([]byte, 2048)
+	for i, v := range []uint32{1, 0x77, 0x01022020, 0x000906ea, 0, 1, 0x22, 2000, 2048} {
+		binary.LittleEndian.PutUint32(b[4*i:], v)
+	}
+	sum := uint32(0)
+	for i := 0; i < len(b); i += 4 {
+		sum += binary.LittleEndian.Uint32(b[i:])
+	}
+	binary.LittleEndian.PutUint32(b[16:], -sum)
+	return b
+}
+
+func TestBootWithMicrocode(t *testing.T) {
+	root := t.TempDir()
+	// As Debian has it: one folder by two names.
+	ucode := filepath.Join(root, "usr/lib/firmware/intel-ucode/06-9e-0a")
+	if err := os.Symlink("usr/lib", filepath.Join(root, "lib")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Dir(ucode), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(ucode, intelUpdate(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := testRecipe(t)
+	r.Microcode = "all"
+	box, err := os.Open(need.File(t, "/bin/busybox", "busybox-static"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer box.Close()
+	r.Busybox.File = box
+	s, err := Generator{CacheDir: need.Cache(t), Root: root}.Build(t.Context(), r, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u := s.Manifest.Microcode.Updates; len(u) != 1 || u[0].Revision != "00000077" || s.Manifest.Microcode.Size == 0 {
+		t.Errorf("the manifest has %+v", s.Manifest.Microcode)
+	}
+	if _, err := s.Manifest.Explain("/"); err != nil {
+		t.Error(err)
+	}
+	m := boot(t, s, "")
+	m.expect(`(?m)^memlinux: ready `)
+	m.expect(`memlinux:~# `)
+	m.typed("ls -d /kernel || echo $((40+2)) gone")
+	m.expect(`(?m)^42 gone$`)
+	m.typed("poweroff")
+	<-m.exited
 }

@@ -320,18 +320,7 @@ func (b *build) microcode(ctx context.Context, choice string, k kernelFile) (*mi
 	}
 	root := os.DirFS(b.g.root())
 	var all microcode.Collection
-	err := microcode.ErrNone
-	for _, dir := range []string{"lib/firmware", "usr/lib/firmware"} {
-		sub, serr := os.OpenRoot(b.g.root() + "/" + dir)
-		if serr != nil {
-			continue
-		}
-		err = all.AddFolder(sub.FS())
-		_ = sub.Close()
-		if !errors.Is(err, microcode.ErrNone) {
-			break
-		}
-	}
+	err := all.AddFolder(root)
 	if errors.Is(err, microcode.ErrNone) {
 		err = b.debianMicrocode(ctx, &all)
 	}
