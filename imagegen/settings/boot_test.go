@@ -410,10 +410,11 @@ func TestBootGuestWithoutInit(t *testing.T) {
 	}, initramfs.Tree{}.With(sh, app)), 256, noNIC...)
 	m.expect(`(?m)^memlinux: ready build=0123456789abcdef ram=2[0-9]{2} MiB$`)
 	m.expect(`~ ?# |memlinux:~# `)
+	// It comes when it comes, also between the lines of what is typed.
+	m.expect(`(?m)app it's \$HOME 1001:7 /srv/work hello world /$`)
 	m.typed(`echo $(hostname) $0 $PATH; ls /bin /run/service; cat /proc/mounts | grep -c " / "; tty`)
 	m.expect(`(?m)^tiny -(/bin/)?sh .*:/run/memlinux/bin\n/run/service\n\n/bin:\nsh\n1\n/dev/ttyS0$`)
-	m.expect(`(?m)app it's \$HOME 1001:7 /srv/work hello world /$`)
-	m.typed(`cat /tmp/app`)
+	m.typed(`until grep -q SHLVL /tmp/app; do sleep 1; done; cat /tmp/app`)
 	m.expect(`(?m)^no input\nGREETING HOME OLDPWD PATH PWD SHLVL$`)
 	m.typed(`mkdir /mnt; mount -t tmpfs none /mnt && mkdir /mnt/old && cp /bin/sh /mnt && unshare -m sh -c 'mount --make-rprivate /; pivot_root /mnt /mnt/old && echo pivoted'; poweroff`)
 	m.expect(`(?m)^pivoted$`)
