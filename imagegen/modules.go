@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -46,7 +45,7 @@ func (b *build) importModules(ctx context.Context, fill func(*modules.Writer) (r
 		return "", err
 	}
 	defer index.Discard()
-	if err := json.NewEncoder(index).Encode(library); err != nil {
+	if err := library.Write(index); err != nil {
 		return "", fmt.Errorf("import modules: %w", err)
 	}
 	if file, err = index.Commit(ctx); err != nil {

@@ -11,11 +11,11 @@ import (
 
 // Info is what a module says of itself.
 type Info struct {
-	Depends  []string `json:",omitempty"` // names of the modules that it can't be loaded without
-	Softdeps []string `json:",omitempty"` // names or aliases of modules that it would have loaded before or after it
-	Aliases  []string `json:",omitempty"` // patterns of fnmatch(3) for what it is loaded for
-	Firmware []string `json:",omitempty"` // paths below /lib/firmware
-	Release  string   `json:",omitempty"` // the kernel's that it was built for; "" if it does not say
+	Depends  []string // names of the modules that it can't be loaded without
+	Softdeps []string // names or aliases of modules that it would have loaded before or after it
+	Aliases  []string // patterns of fnmatch(3) for what it is loaded for
+	Firmware []string // paths below /lib/firmware
+	Release  string   // the kernel's that it was built for; "" if it does not say
 }
 
 // maxModinfo is many times what the largest .modinfo has.

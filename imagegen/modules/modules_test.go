@@ -3,7 +3,6 @@ package modules
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"os"
 	"path"
@@ -306,11 +305,12 @@ func TestArchiveRoundTrip(t *testing.T) {
 	big := append(ko("alias=x"), bytes.Repeat([]byte("0123456789"), 1<<17)...)
 	files["kernel/fs/xfs/xfs.ko"] = big
 	l, archive := library(t, files)
-	b, err := json.Marshal(l)
+	var b bytes.Buffer
+	err := l.Write(&b)
 	if err != nil {
 		t.Fatal(err)
 	}
-	back, err := Parse(bytes.NewReader(b))
+	back, err := Parse(&b)
 	if err != nil {
 		t.Fatal(err)
 	}
