@@ -48,6 +48,7 @@ func (b *build) sourceKernel(ctx context.Context, src KernelSource, withModules 
 	if b.store.Record("kernel-"+key, &record) == nil {
 		k, err := b.builtKernel(ctx, record, code.name, withModules)
 		if err == nil || ctx.Err() != nil {
+			k.words = minimalWords(src)
 			return k, err
 		}
 	}
@@ -60,7 +61,22 @@ func (b *build) sourceKernel(ctx context.Context, src KernelSource, withModules 
 	if err := b.store.SetRecord("kernel-"+key, record); err != nil {
 		return kernelFile{}, err
 	}
-	return b.builtKernel(ctx, record, code.name, withModules)
+	k, err := b.builtKernel(ctx, record, code.name, withModules)
+	k.words = minimalWords(src)
+	return k, err
+}
+
+// minimalWords are what the minimal kernel wants on its command line. libata waits
+// 200 ms before it looks whether a SATA port has a device, for the sake of odd
+// ones (Linux Documentation/admin-guide/kernel-parameters.txt, libata.force), and
+// a kernel with the driver built in waits for that before it starts /init. A
+// device that is late is found as one that was plugged in; nothing of a system in
+// memory is on it. The same words, appended by the user with dbdelay, undo it.
+func minimalWords(src KernelSource) string {
+	if src.Base == "minimal" {
+		return "libata.force=nodbdelay"
+	}
+	return ""
 }
 
 func (b *build) compileKernel(ctx context.Context, r kbuild.Request) (record builtKernel, err error) {

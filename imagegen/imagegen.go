@@ -162,7 +162,7 @@ func (g Generator) Build(ctx context.Context, r Recipe, progress Progress) (*Sys
 	if err != nil {
 		return nil, err
 	}
-	cmdline := strings.TrimSpace(c.words + " " + r.Append)
+	cmdline := strings.Join(strings.Fields(c.words+" "+k.words+" "+r.Append), " ")
 	if limit, longest := k.image.CommandLine, len(manifest.BootLine(cmdline, strings.Repeat("f", 16), 1<<30)); longest > limit {
 		return nil, unfit{ErrRecipe, fmt.Errorf("the command line has %d bytes and the kernel takes %d; shorten what is appended", longest, limit)}
 	}

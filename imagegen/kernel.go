@@ -27,6 +27,7 @@ type kernelFile struct {
 	configSource string           // "" if unknown
 	library      *modules.Library // nil if they are not known, or not wanted
 	noModules    string           // why they are not known
+	words        string           // of the command line, that this kernel wants
 }
 
 // kernel finds the kernel, and its modules if they are wanted.
