@@ -462,6 +462,7 @@ func (o *opened) collectRootfs(ctx context.Context, g *global, from string, v vi
 		return err
 	}
 	g.notes = append(g.notes, info.Notes...)
+	g.special(info.Special)
 	if command := slices.Concat(info.Entrypoint, info.Cmd); len(command) > 0 {
 		o.set(api.OptRootfsCommand, command)
 		o.set(api.OptRootfsEnv, append([]string{}, info.Env...))
@@ -469,6 +470,18 @@ func (o *opened) collectRootfs(ctx context.Context, g *global, from string, v vi
 		o.set(api.OptRootfsUser, info.User)
 	}
 	return nil
+}
+
+// special notes the files that give who runs them more rights; the manifest has
+// all of them.
+func (g *global) special(files []collect.Special) {
+	const most = 5
+	for _, f := range files[:min(len(files), most)] {
+		g.notes = append(g.notes, "/"+f.String())
+	}
+	if more := len(files) - most; more > 0 {
+		g.notes = append(g.notes, fmt.Sprintf("so are %d more files; the manifest has their modes and capabilities", more))
+	}
 }
 
 // collectPayload sends the recipe's own programs, files and overlays.
@@ -509,5 +522,6 @@ func (o *opened) collectPayload(ctx context.Context, g *global, name string, r r
 		return err
 	}
 	g.notes = append(g.notes, summary.Notes...)
+	g.special(summary.Special)
 	return nil
 }

@@ -72,12 +72,6 @@ func parse(caps []byte) (set, error) {
 	return s, nil
 }
 
-// Validate reports whether caps can be a file's capabilities.
-func Validate(caps []byte) error {
-	_, err := parse(caps)
-	return err
-}
-
 // names are those of capability.h from 0 on, up to Linux 6.12.
 var names = strings.Fields(`chown dac_override dac_read_search fowner fsetid kill setgid setuid setpcap linux_immutable
 	net_bind_service net_broadcast net_admin net_raw ipc_lock ipc_owner sys_module sys_rawio sys_chroot sys_ptrace
