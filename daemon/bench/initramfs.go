@@ -62,6 +62,6 @@ func packInitramfs(args []string, _ io.Writer) error {
 	if err != nil {
 		return err
 	}
-	_, err = initramfs.Pack(context.Background(), out, initramfs.Base(f, info.Size()), "zstd", time.Unix(0, 0), nil)
+	_, err = initramfs.Pack(context.Background(), out, initramfs.Base(f, info.Size()), initramfs.Compression{Name: "zstd"}, time.Unix(0, 0), nil)
 	return errors.Join(err, out.Close())
 }

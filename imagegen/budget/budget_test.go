@@ -144,7 +144,7 @@ func TestBoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if _, err := initramfs.Pack(t.Context(), f, tree, "zstd", time.Unix(0, 0), nil); err != nil {
+	if _, err := initramfs.Pack(t.Context(), f, tree, initramfs.Compression{Name: "zstd"}, time.Unix(0, 0), nil); err != nil {
 		t.Fatal(err)
 	}
 	packed, err := f.Stat()

@@ -281,7 +281,7 @@ func TestInitramfs(t *testing.T) {
 	defer done()
 	var tree initramfs.Tree
 	var archive bytes.Buffer
-	if _, err := initramfs.Pack(t.Context(), &archive, tree.With(found.Entries...), "none", time.Unix(0, 0), nil); err != nil {
+	if _, err := initramfs.Pack(t.Context(), &archive, tree.With(found.Entries...), initramfs.Compression{Name: "none"}, time.Unix(0, 0), nil); err != nil {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()

@@ -31,7 +31,7 @@ var program = bytes.NewReader([]byte("#!/bin/false, in busybox's place\n"))
 func pack(t testing.TB, tree Tree, compression string, epoch time.Time) ([]byte, Packed) {
 	t.Helper()
 	var b bytes.Buffer
-	p, err := Pack(context.Background(), &b, tree, compression, epoch, nil)
+	p, err := Pack(context.Background(), &b, tree, Compression{Name: compression}, epoch, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,21 +196,21 @@ func TestPackRefuses(t *testing.T) {
 		{"a date behind the format's end", Tree{file("a")}, 1 << 32, "1970 to 2106"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			_, err := Pack(context.Background(), io.Discard, tc.tree, "none", time.Unix(tc.epoch, 0), nil)
+			_, err := Pack(context.Background(), io.Discard, tc.tree, Compression{Name: "none"}, time.Unix(tc.epoch, 0), nil)
 			if err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("error %v, want %q in it", err, tc.want)
 			}
 		})
 	}
-	if _, err := Pack(context.Background(), io.Discard, nil, "lzo", time.Unix(0, 0), nil); err == nil {
+	if _, err := Pack(context.Background(), io.Discard, nil, Compression{Name: "lzo"}, time.Unix(0, 0), nil); err == nil {
 		t.Error("lzo was taken")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, err := Pack(ctx, io.Discard, Base(program, program.Size()), "zstd", time.Unix(0, 0), nil); !errors.Is(err, context.Canceled) {
+	if _, err := Pack(ctx, io.Discard, Base(program, program.Size()), Compression{Name: "zstd"}, time.Unix(0, 0), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
-	if _, err := Pack(context.Background(), full{}, Base(program, program.Size()), "zstd", time.Unix(0, 0), nil); !errors.Is(err, syscall.ENOSPC) {
+	if _, err := Pack(context.Background(), full{}, Base(program, program.Size()), Compression{Name: "zstd"}, time.Unix(0, 0), nil); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("on a full disk: %v", err)
 	}
 }
@@ -238,7 +238,7 @@ func FuzzPath(f *testing.F) {
 	f.Fuzz(func(t *testing.T, path string) {
 		var b bytes.Buffer
 		tree := Tree{{Path: path, Mode: 0o644, Content: strings.NewReader("x"), Size: 1}}
-		if _, err := Pack(context.Background(), &b, tree, "none", time.Unix(0, 0), nil); err != nil {
+		if _, err := Pack(context.Background(), &b, tree, Compression{Name: "none"}, time.Unix(0, 0), nil); err != nil {
 			t.Skip()
 		}
 		h, err := cpio.NewReader(&b).Next()
@@ -305,7 +305,7 @@ func BenchmarkPack(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if _, err := Pack(context.Background(), f, tree, "zstd", time.Unix(0, 0), nil); err != nil {
+		if _, err := Pack(context.Background(), f, tree, Compression{Name: "zstd"}, time.Unix(0, 0), nil); err != nil {
 			b.Fatal(err)
 		}
 		ourSize, _ = f.Seek(0, io.SeekEnd)

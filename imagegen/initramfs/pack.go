@@ -35,13 +35,7 @@ type Cost struct {
 // from the moment epoch, which lies in 1970 to 2106. A file whose content has
 // not the digest that its entry promises is an error. report, which may be nil,
 // is called with the bytes of content done so far and their total.
-//
-// The method is a [Compression]. A string stands for one at its standard level.
-func Pack[C string | Compression](ctx context.Context, w io.Writer, t Tree, method C, epoch time.Time, report func(done, total int64)) (Packed, error) {
-	c, ok := any(method).(Compression)
-	if !ok {
-		c.Name = any(method).(string)
-	}
+func Pack(ctx context.Context, w io.Writer, t Tree, c Compression, epoch time.Time, report func(done, total int64)) (Packed, error) {
 	if err := c.Validate(); err != nil {
 		return Packed{}, fmt.Errorf("initramfs: %w", err)
 	}

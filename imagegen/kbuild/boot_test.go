@@ -88,7 +88,7 @@ func pack(t testing.TB) string {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if _, err := initramfs.Pack(t.Context(), f, initramfs.Base(box, st.Size()), "zstd", time.Unix(0, 0), nil); err != nil {
+	if _, err := initramfs.Pack(t.Context(), f, initramfs.Base(box, st.Size()), initramfs.Compression{Name: "zstd"}, time.Unix(0, 0), nil); err != nil {
 		t.Fatal(err)
 	}
 	return path

@@ -41,7 +41,7 @@ func TestBoot(t *testing.T) {
 			if err := collect(t).All().Pack(f, time.Unix(0, 0)); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := initramfs.Pack(t.Context(), f, initramfs.Base(box, st.Size()), compression, time.Unix(0, 0), nil); err != nil {
+			if _, err := initramfs.Pack(t.Context(), f, initramfs.Base(box, st.Size()), initramfs.Compression{Name: compression}, time.Unix(0, 0), nil); err != nil {
 				t.Fatal(err)
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Second)

@@ -58,7 +58,7 @@ func boot(t *testing.T, a *Applied, memory int, args ...string) *machine {
 		t.Fatal(err)
 	}
 	defer archive.Close()
-	if _, err := initramfs.Pack(t.Context(), archive, a.Tree, "zstd", epoch, nil); err != nil {
+	if _, err := initramfs.Pack(t.Context(), archive, a.Tree, initramfs.Compression{Name: "zstd"}, epoch, nil); err != nil {
 		t.Fatal(err)
 	}
 	m := &machine{t: t, exited: make(chan struct{}), more: make(chan struct{}), qmp: filepath.Join(dir, "qmp"), start: time.Now()}

@@ -147,7 +147,7 @@ func TestApplyToOurs(t *testing.T) {
 		t.Errorf("applets %q, want %q", a.Applets, want)
 	}
 	// Packed it is what /init relies on: the mark last.
-	if _, err := initramfs.Pack(t.Context(), io.Discard, a.Tree, "none", epoch, nil); err != nil {
+	if _, err := initramfs.Pack(t.Context(), io.Discard, a.Tree, initramfs.Compression{Name: "none"}, epoch, nil); err != nil {
 		t.Error(err)
 	}
 	if last := a.Tree[slices.IndexFunc(a.Tree, func(e initramfs.Entry) bool { return e.Order == 1 })]; last.Path != "etc/memlinux/complete" {
