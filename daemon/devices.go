@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"reflect"
-	"sync"
 
 	"github.com/godbus/dbus/v5"
 
@@ -15,67 +13,27 @@ import (
 
 // deviceList is the disks as the bus last saw them.
 type deviceList struct {
+	published[api.Device]
 	system blockdev.System
-	server *Server
-
-	refreshing sync.Mutex // one scan after the other, so that signals come in order
-	mu         sync.Mutex
-	known      map[string]api.Device
 }
 
 func newDeviceList(system blockdev.System, s *Server) *deviceList {
-	return &deviceList{system: system, server: s, known: map[string]api.Device{}}
-}
-
-func (l *deviceList) get(name string) (api.Device, bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	d, ok := l.known[name]
-	return d, ok
-}
-
-func (l *deviceList) all() []api.Device {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	list := make([]api.Device, 0, len(l.known))
-	for _, d := range l.known {
-		list = append(list, d)
-	}
-	return list
+	return &deviceList{published[api.Device]{server: s, iface: api.DeviceInterface, path: api.DevicePath}, system}
 }
 
 // refresh looks at the machine and tells the bus what came, changed and went.
 func (l *deviceList) refresh(ctx context.Context) error {
-	l.refreshing.Lock()
-	defer l.refreshing.Unlock()
-	found, err := l.system.Devices(ctx)
-	if err != nil {
-		return fmt.Errorf("list the disks: %w", err)
-	}
-	now := map[string]api.Device{}
-	for _, d := range found {
-		now[d.Name] = apiDevice(d)
-	}
-	l.mu.Lock()
-	before := l.known
-	l.known = now
-	l.mu.Unlock()
-
-	for name := range before {
-		if _, ok := now[name]; !ok {
-			l.server.emitRemoved(api.DevicePath(name), api.DeviceInterface)
+	return l.published.refresh(func() (map[string]api.Device, error) {
+		found, err := l.system.Devices(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("list the disks: %w", err)
 		}
-	}
-	for name, d := range now {
-		old, ok := before[name]
-		switch {
-		case !ok:
-			l.server.emitAdded(api.DevicePath(name), api.DeviceInterface, d.Properties())
-		case !reflect.DeepEqual(old, d):
-			l.server.emitChanged(api.DevicePath(name), api.DeviceInterface, d.Properties())
+		now := map[string]api.Device{}
+		for _, d := range found {
+			now[d.Name] = apiDevice(d)
 		}
-	}
-	return nil
+		return now, nil
+	})
 }
 
 // watch refreshes the list as disks come and go, until ctx ends. Where the
@@ -124,8 +82,8 @@ func (s *Server) listDevices(c *call) ([]any, error) {
 		return nil, err
 	}
 	paths := []dbus.ObjectPath{}
-	for _, d := range s.devices.all() {
-		paths = append(paths, api.DevicePath(d.Name))
+	for path := range s.devices.all() {
+		paths = append(paths, path)
 	}
 	return []any{paths}, nil
 }

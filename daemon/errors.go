@@ -5,7 +5,10 @@ import (
 	"errors"
 	"syscall"
 
+	"github.com/memlinux/memlinux/bootloader/bootfs"
 	"github.com/memlinux/memlinux/bootloader/grub"
+	"github.com/memlinux/memlinux/bootloader/install"
+	"github.com/memlinux/memlinux/bootloader/local"
 	"github.com/memlinux/memlinux/bootloader/menulst"
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/imagegen"
@@ -29,6 +32,11 @@ func errorName(err error) string {
 		qemuMissing *testvm.MissingError
 		toolMissing *sandbox.MissingError
 		menu        *menulst.InvalidError
+		spoiled     *menulst.BlockError
+		unsupported *local.UnsupportedError
+		overwritten *bootfs.ChangedError
+		bootFull    *bootfs.NoSpaceError
+		locked      *bootfs.BusyError
 	)
 	switch {
 	case errors.As(err, &contract):
@@ -41,12 +49,22 @@ func errorName(err error) string {
 		return api.ErrDeviceChanged
 	case errors.Is(err, blockdev.ErrNoDevice):
 		return api.ErrNoSuchDevice
-	case errors.As(err, &space), errors.As(err, &full), errors.Is(err, syscall.ENOSPC):
+	case errors.As(err, &space), errors.As(err, &full), errors.As(err, &bootFull), errors.Is(err, syscall.ENOSPC):
 		return api.ErrNoSpace
 	case errors.As(err, &mismatch):
 		return api.ErrVerification
 	case errors.As(err, &grubMissing), errors.As(err, &qemuMissing), errors.As(err, &toolMissing):
 		return api.ErrMissingProgram
+	case errors.As(err, &unsupported), errors.As(err, &spoiled):
+		return api.ErrUnsupported
+	case errors.As(err, &overwritten):
+		return api.ErrChanged
+	case errors.As(err, &locked):
+		return api.ErrBusy
+	case errors.Is(err, install.ErrNoEntry):
+		return api.ErrNoSuchEntry
+	case errors.Is(err, install.ErrNothingToRollBack):
+		return api.ErrNothing
 	case errors.Is(err, imagegen.ErrRecipe), errors.As(err, &menu):
 		return api.ErrInvalidOption
 	case errors.Is(err, imagegen.ErrKernel), errors.Is(err, imagegen.ErrBusybox):

@@ -29,6 +29,7 @@ type Server struct {
 	version string
 	jobs    *jobs.Registry
 	devices *deviceList
+	entries *published[api.BootEntry]
 	guests  chan struct{} // one place for each virtual machine that may run
 	opened  chan struct{} // closed when calls may be answered
 	ctx     context.Context
@@ -50,6 +51,7 @@ func Serve(ctx context.Context, address string, c config.Config, version string,
 	defer conn.Close()
 	s.conn = conn
 	s.devices = newDeviceList(blockdev.System{}, s)
+	s.entries = &published[api.BootEntry]{server: s, iface: api.EntryInterface, path: api.EntryPath}
 	if err := s.devices.refresh(ctx); err != nil {
 		return err
 	}
@@ -115,6 +117,8 @@ const (
 	actionVerify = "org.memlinux.memlinux1.verify"
 	actionVM     = "org.memlinux.memlinux1.vm"
 	actionCancel = "org.memlinux.memlinux1.cancel"
+	actionEntry  = "org.memlinux.memlinux1.entry"
+	actionNext   = "org.memlinux.memlinux1.next-boot"
 )
 
 // Where a method can be called.
@@ -125,6 +129,7 @@ const (
 	onManager
 	onJob
 	onDevice
+	onEntry
 )
 
 // method is a row of the dispatcher's table.
@@ -153,6 +158,11 @@ func init() { // not a literal: Introspect reads the table that it stands in
 		{api.ManagerInterface, "Verify", onManager, "oa{sv}", actionVerify, (*Server).verify},
 		{api.ManagerInterface, "VerifyFile", onManager, "ha{sv}", actionVerify, (*Server).verifyFile},
 		{api.ManagerInterface, "StartVM", onManager, "ha{sv}", actionVM, (*Server).startVM},
+		{api.ManagerInterface, "InstallEntry", onManager, "a{sv}", actionEntry, (*Server).installEntry},
+		{api.ManagerInterface, "RemoveEntry", onManager, "sa{sv}", actionEntry, (*Server).removeEntry},
+		{api.ManagerInterface, "SetNextBoot", onManager, "sa{sv}", actionNext, (*Server).setNextBoot},
+		{api.ManagerInterface, "Rollback", onManager, "a{sv}", actionEntry, (*Server).rollback},
+		{api.ManagerInterface, "BootMenu", onManager, "a{sv}", actionRead, (*Server).bootMenu},
 		{api.ManagerInterface, "Devices", onManager, "a{sv}", actionRead, (*Server).listDevices},
 		{api.ManagerInterface, "Jobs", onManager, "a{sv}", actionRead, (*Server).listJobs},
 		{api.JobInterface, "Cancel", onJob, "a{sv}", actionCancel, (*Server).cancelJob},
@@ -344,7 +354,7 @@ const (
 // resolve says what lies at path, and which nodes are below it.
 func (s *Server) resolve(path dbus.ObjectPath) (place, []string) {
 	if path == api.ManagerPath {
-		return onManager, []string{"devices", "jobs"}
+		return onManager, []string{"devices", "entries", "jobs"}
 	}
 	if name, ok := api.DeviceName(path); ok {
 		if _, ok := s.devices.get(name); ok {
@@ -358,9 +368,15 @@ func (s *Server) resolve(path dbus.ObjectPath) (place, []string) {
 		}
 		return nowhere, nil
 	}
+	if id, ok := api.EntryID(path); ok {
+		if _, ok := s.entries.get(id); ok {
+			return onEntry, nil
+		}
+		return nowhere, nil
+	}
 	prefix := strings.TrimSuffix(string(path), "/") + "/"
 	objects := s.objects()
-	for _, empty := range []dbus.ObjectPath{"devices", "jobs"} { // there even when they are
+	for _, empty := range []dbus.ObjectPath{"devices", "entries", "jobs"} { // there even when they are
 		objects[api.ManagerPath+"/"+empty+"/"] = nil
 	}
 	here, children := nowhere, []string{}
@@ -382,8 +398,11 @@ func (s *Server) objects() map[dbus.ObjectPath]map[string]api.Properties {
 	all := map[dbus.ObjectPath]map[string]api.Properties{
 		api.ManagerPath: {api.ManagerInterface: s.managerProperties()},
 	}
-	for _, d := range s.devices.all() {
-		all[api.DevicePath(d.Name)] = map[string]api.Properties{api.DeviceInterface: d.Properties()}
+	for path, props := range s.devices.all() {
+		all[path] = map[string]api.Properties{api.DeviceInterface: props}
+	}
+	for path, props := range s.entries.all() {
+		all[path] = map[string]api.Properties{api.EntryInterface: props}
 	}
 	for _, j := range s.jobs.Jobs() {
 		all[api.JobPath(j.ID)] = map[string]api.Properties{api.JobInterface: j.Properties()}
@@ -397,7 +416,7 @@ func (s *Server) managerProperties() api.Properties {
 
 func (s *Server) introspect(c *call) ([]any, error) {
 	here, children := s.resolve(c.path)
-	iface := map[place]string{onManager: api.ManagerInterface, onJob: api.JobInterface, onDevice: api.DeviceInterface}[here]
+	iface := map[place]string{onManager: api.ManagerInterface, onJob: api.JobInterface, onDevice: api.DeviceInterface, onEntry: api.EntryInterface}[here]
 	return []any{api.Introspect(iface, children)}, nil
 }
 

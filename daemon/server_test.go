@@ -108,6 +108,7 @@ func TestIntrospectionIsTheTable(t *testing.T) {
 	}
 	collect(t, api.Introspect(api.JobInterface, nil), promised)
 	collect(t, api.Introspect(api.DeviceInterface, nil), promised)
+	collect(t, api.Introspect(api.EntryInterface, nil), promised)
 	for name := range promised {
 		if strings.HasPrefix(name, "org.freedesktop.DBus.Peer.") { // godbus's own
 			delete(promised, name)

@@ -393,37 +393,18 @@ func (s *Server) runWrite(ctx context.Context, j *jobs.Job, recipe imagegen.Reci
 // is made for, in the least memory that m says it needs, and adds the verdicts
 // to the report. The error says that not all of them booted.
 func (s *Server) prove(ctx context.Context, j *jobs.Job, report *api.Report, f *os.File, m api.Manifest) error {
-	dir := s.stateDir("reports", j.ID())
-	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // whoever started the job may look at the console
-		return fmt.Errorf("keep the console: %w", err)
-	}
 	var failed []string
-	want := testvm.Expect{Build: m.ID, Shell: m.Shell, Content: m.Initramfs.Unpacked}
 	for _, fw := range firmwares {
 		if !slices.Contains(m.Boot, string(fw)) {
 			continue
 		}
-		memory := m.Memory.BIOS
-		if fw == testvm.UEFI {
-			memory = m.Memory.UEFI
-		}
-		j.Begin(bootPhase(fw))
-		v, err := s.boot(ctx, testvm.Machine{Firmware: fw, Disk: f, DiskSize: report.Target.Size, SectorSize: report.Target.SectorSize, Bus: testvm.USB,
-			MemoryMiB: memory, Dir: dir}, want)
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
+		why, err := s.tryBoot(ctx, j, report, testvm.Machine{Firmware: fw, Disk: f, DiskSize: report.Target.Size, SectorSize: report.Target.SectorSize, Bus: testvm.USB,
+			MemoryMiB: leastMemory(m, fw)}, expect(m))
 		if err != nil {
-			v.Reason = err.Error()
+			return err
 		}
-		report.Boots = append(report.Boots, api.Boot{Firmware: string(fw), OK: v.OK, Skipped: v.Skipped, Reason: v.Reason,
-			GRUB: v.ToGRUB, Kernel: v.ToKernel, Ready: v.ToReady, RAM: v.RAMMiB, Shell: v.Shell, Accel: v.Accelerator, QEMU: v.QEMUVersion,
-			ConsoleLog: v.ConsoleLog, Screenshot: v.Screenshot})
-		if v.OK && want.Shell && !v.Shell {
-			report.Warnings = append(report.Warnings, strings.ToUpper(string(fw))+": the shell on the serial console did not answer")
-		}
-		if !v.OK && !v.Skipped {
-			failed = append(failed, strings.ToUpper(string(fw))+": "+v.Reason)
+		if why != "" {
+			failed = append(failed, why)
 		}
 	}
 	if len(failed) > 0 {
@@ -435,6 +416,47 @@ func (s *Server) prove(ctx context.Context, j *jobs.Job, report *api.Report, f *
 	}
 	report.Verified = true
 	return nil
+}
+
+// leastMemory is in MiB.
+func leastMemory(m api.Manifest, fw testvm.Firmware) int {
+	if fw == testvm.UEFI {
+		return m.Memory.UEFI
+	}
+	return m.Memory.BIOS
+}
+
+// expect is what a machine shows that boots the system m.
+func expect(m api.Manifest) testvm.Expect {
+	return testvm.Expect{Build: m.ID, Shell: m.Shell, Content: m.Initramfs.Unpacked}
+}
+
+// tryBoot boots the machine and adds the verdict to the report. It returns why
+// what is wanted is not proven, or ctx's error.
+func (s *Server) tryBoot(ctx context.Context, j *jobs.Job, report *api.Report, machine testvm.Machine, want testvm.Expect) (why string, err error) {
+	machine.Dir = s.stateDir("reports", j.ID())
+	if err := os.MkdirAll(machine.Dir, 0o755); err != nil { //nolint:gosec // whoever started the job may look at the console
+		return "", fmt.Errorf("keep the console: %w", err)
+	}
+	name := strings.ToUpper(string(machine.Firmware))
+	j.Begin(bootPhase(machine.Firmware))
+	v, err := s.boot(ctx, machine, want)
+	if ctx.Err() != nil {
+		return "", ctx.Err()
+	}
+	if err != nil {
+		v.Reason = err.Error()
+	}
+	report.Boots = append(report.Boots, api.Boot{Firmware: string(machine.Firmware), OK: v.OK, Skipped: v.Skipped, Reason: v.Reason,
+		GRUB: v.ToGRUB, Kernel: v.ToKernel, Ready: v.ToReady, RAM: v.RAMMiB, Shell: v.Shell, Accel: v.Accelerator, QEMU: v.QEMUVersion,
+		ConsoleLog: v.ConsoleLog, Screenshot: v.Screenshot})
+	if v.OK && want.Shell && !v.Shell {
+		report.Warnings = append(report.Warnings, name+": the shell on the serial console did not answer")
+	}
+	if !v.OK && !v.Skipped {
+		return name + ": " + v.Reason, nil
+	}
+	return "", nil
 }
 
 // boot proves one machine, when there is room for one more.

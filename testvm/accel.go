@@ -75,7 +75,7 @@ func probeKVM(ctx context.Context) bool {
 	defer ours.Close()
 	var fds descriptors
 	args := append(append(bareMachine(true), "-vga", "none"), firmwareLogTo(fds.add(theirs))...)
-	p, err := spawn(ctx, args, fds.files, nil, kvmGroups())
+	p, err := spawn(ctx, args, fds.files, kvmGroups())
 	theirs.Close()
 	if err != nil {
 		return false

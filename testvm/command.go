@@ -8,9 +8,10 @@ import (
 
 // Names of the files in a machine's scratch folder.
 const (
-	scratchVars   = "vars.fd"
-	scratchKernel = "kernel"
-	scratchInitrd = "initrd"
+	scratchVars    = "vars.fd"
+	scratchKernel  = "kernel"
+	scratchInitrd  = "initrd"
+	scratchOverlay = "disk.qcow2"
 )
 
 // fdset is the number of QEMU's descriptor set for each file; the paths
@@ -30,6 +31,7 @@ type wiring struct {
 	diskDriver, discDriver string   // of blockDriver
 	firmwareLog            *os.File // of a proof only: the writing end of a pipe
 	screenshot             *os.File // of a proof only: a file open for writing only
+	screen                 *os.File // of a proof only: a file in memory
 }
 
 // descriptors hands out the numbers by which the child will know files.
@@ -53,7 +55,7 @@ func (m Machine) command(w wiring) (args []string, files []*os.File) {
 	add := func(a ...string) { args = append(args, a...) }
 	// A folder's entries can be reached through its descriptor whatever the
 	// modes of the folders above it are.
-	scratch := scratchPath(fds.add(w.scratch))
+	scratch := inheritedPath(fds.add(w.scratch)) + "/"
 
 	memory := m.MemoryMiB
 	if memory == 0 {
@@ -74,6 +76,9 @@ func (m Machine) command(w wiring) (args []string, files []*os.File) {
 	if w.screenshot != nil {
 		add("-add-fd", fmt.Sprintf("fd=%s,set=%d", fds.add(w.screenshot), fdsetScreenshot))
 	}
+	if w.screen != nil {
+		fds.add(w.screen) // as inheritedPath names it, once the machine runs
+	}
 	if m.Firmware == UEFI {
 		add("-drive", "if=pflash,unit=0,format=raw,readonly=on,file="+ovmfCode,
 			"-drive", "if=pflash,unit=1,format=raw,file="+scratch+scratchVars)
@@ -89,12 +94,13 @@ func (m Machine) command(w wiring) (args []string, files []*os.File) {
 	}
 	if m.Disk != nil {
 		add("-add-fd", fmt.Sprintf("fd=%s,set=%d", fds.add(m.Disk), fdsetDisk))
-		add("-drive", fmt.Sprintf("if=none,id=disk,snapshot=on,driver=raw,size=%d,%s", m.DiskSize, base(w.diskDriver, fdsetDisk)))
+		add("-drive", fmt.Sprintf("if=none,id=disk,cache=unsafe,driver=qcow2,file.driver=file,file.filename=%s%s,backing.driver=raw,backing.size=%d,%s",
+			scratch, scratchOverlay, m.DiskSize, base("backing.", w.diskDriver, fdsetDisk)))
 		add(m.diskDevice()...)
 	}
 	if m.DataDisc != nil {
 		add("-add-fd", fmt.Sprintf("fd=%s,set=%d", fds.add(m.DataDisc), fdsetDisc))
-		add("-drive", fmt.Sprintf("if=none,id=disc,readonly=on,driver=raw,%s", base(w.discDriver, fdsetDisc)),
+		add("-drive", fmt.Sprintf("if=none,id=disc,readonly=on,driver=raw,%s", base("", w.discDriver, fdsetDisc)),
 			"-device", "ide-cd,bus=ide.1,drive=disc,bootindex=1")
 	}
 	return args, fds.files
@@ -126,13 +132,17 @@ func firmwareLogTo(fd string) []string {
 	}
 }
 
-func scratchPath(fd string) string { return "/proc/self/fd/" + fd + "/" }
+// inheritedPath is where QEMU finds what it inherited as that number.
+func inheritedPath(fd string) string { return "/proc/self/fd/" + fd }
 
-// base opens a descriptor set as the lowest layer of a drive. Locking is off
-// since the lock would sit on the open file that QEMU shares with the caller,
-// and outlive QEMU; and a reader of an overlay's base needs none.
-func base(driver string, set int) string {
-	return fmt.Sprintf("file.driver=%s,file.filename=/dev/fdset/%d,file.locking=off", driver, set)
+// base opens a descriptor set as the lowest layer of a drive, which the prefix
+// names. Locking is off since the lock would sit on the open file that QEMU
+// shares with the caller, and outlive QEMU; and a reader of an overlay's base
+// needs none. Nor does it read around the page cache, which would be the
+// caller's flag as well: who hands over a disk whose file systems are in use,
+// and written past its page cache, drops that first.
+func base(prefix, driver string, set int) string {
+	return fmt.Sprintf("%[1]sfile.driver=%[2]s,%[1]sfile.filename=/dev/fdset/%[3]d,%[1]sfile.locking=off", prefix, driver, set)
 }
 
 // diskDevice attaches the drive "disk" as the first boot device: SeaBIOS hangs

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -22,6 +23,7 @@ const (
 // takes bytes in any portions: only their order matters.
 type detector struct {
 	buildID string // what the ready line must say
+	local   bool   // Expect.Local
 
 	toGRUB, toKernel, toReady time.Duration // since QEMU's start; 0: not seen
 	ramMiB                    int
@@ -29,8 +31,16 @@ type detector struct {
 	evidence                  string // the console's line that says so, once it is whole
 	shell                     bool   // shellAnswer was seen after the ready line
 
+	started bool   // the firmware started a boot loader
+	version string // "Linux version 6.1.0-18-amd64"
+	entered bool   // the kernel's command line is the entry's
+	other   bool   // it seems to be another's
+	login   bool   // a system asked for a login
+
 	serial, firmware stream
 	last             []string // the last lines of both that were not empty
+	screen           []string // the lines of the screen when it was last read
+	waiting          int      // how many screens in a row showed a menu that waits for a key
 }
 
 // stream is one of the machine's lines.
@@ -55,21 +65,34 @@ const (
 var readyLine = regexp.MustCompile(`memlinux: ready build=(\S+) ram=([0-9]{1,9}) MiB`)
 
 // stages by what is seen first of them. A stage that is seen passes the ones
-// before it: a menu may be switched off.
+// before it: a menu may be switched off, or shown on the screen alone.
 var (
 	grubSigns  = []string{"GNU GRUB", "Booting `", "Welcome to GRUB!"}
 	kernelSign = "Linux version "
+)
+
+const (
+	// cmdlineSign is in the kernel's second line, as "Command line: ", and in a
+	// later one, as "Kernel command line: ".
+	cmdlineSign = "ommand line: "
+	// loginSign is at the end of what getty prints.
+	loginSign = "login:"
+)
+
+// The firmwares say that they hand over to a boot loader: SeaBIOS in its log,
+// OVMF on the serial line.
+const (
+	biosStarts = "Booting from "
+	uefiStarts = "BdsDxe: starting Boot"
 )
 
 // deadEnds are the words after which no boot succeeds, and what they mean.
 var deadEnds = []struct{ sign, meaning string }{
 	{"No bootable device", "the firmware found nothing to boot on the disk"},
 	{"No bootable option or device was found", "the firmware found nothing to boot on the disk"},
-	{"UEFI Interactive Shell", "the firmware found nothing to boot on the disk"},
+	{"UEFI Interactive Shell v", "the firmware found nothing to boot on the disk"},
 	{"grub rescue>", "GRUB did not find its modules and fell back to its rescue prompt"},
-	// A search that fails leaves $root alone, so that the boot can still go on
-	// by luck: here the stick is the only disk, on a PC it is not.
-	{"error: no such device", "GRUB did not find the volume that it searched for"},
+	{noSuchDevice, "GRUB did not find the volume that it searched for"},
 	{"error: you need to load the kernel first", "GRUB could not load the kernel"},
 	{"error: out of memory", "GRUB ran out of memory"},
 	{"Initramfs unpacking failed", "the kernel could not unpack the initramfs: it is damaged, or too large for the machine's memory"},
@@ -79,6 +102,14 @@ var deadEnds = []struct{ sign, meaning string }{
 	{"its initramfs is damaged; write it again", "the system's initramfs is damaged"},
 }
 
+// noSuchDevice is a search that fails. It leaves $root alone, so that a stick
+// can still boot by luck: here it is the only disk, at its PC it is not. On a
+// PC's own disk it is no dead end: what was searched for may have been a font.
+const noSuchDevice = "error: no such device"
+
+// legacyError is GRUB Legacy's complaint at the start of a line.
+var legacyError = regexp.MustCompile(`^Error [0-9]{1,2}: `)
+
 // grubPrompt alone at the start of a line is GRUB without a menu.
 const grubPrompt = "grub>"
 
@@ -87,12 +118,55 @@ func (d *detector) feedSerial(p []byte, at time.Duration) {
 	d.feed(&d.serial, p, func() { d.matchSerial(at) })
 }
 
+// feedScreen takes what the screen says, which has no order in time: only a
+// boot that ended shows on it.
+func (d *detector) feedScreen(lines []string) {
+	d.screen = lines
+	if !waitsForKey(lines) {
+		d.waiting = 0
+	} else if d.waiting++; d.waiting == waitingLimit && d.failure == "" && d.toKernel == 0 {
+		d.failure = "the boot loader shows its menu and waits for a person: the entry that it was to boot by itself is not there, or did not start"
+	}
+	for _, l := range lines {
+		if d.failure != "" || d.toKernel != 0 {
+			return
+		}
+		for _, e := range deadEnds {
+			if strings.Contains(l, e.sign) {
+				d.fail(e.sign, e.meaning)
+			}
+		}
+		d.matchWhole(l)
+		if d.failure != "" {
+			d.evidence = l
+		}
+	}
+}
+
+// waitingLimit is how many screens in a row with a menu that waits are a dead
+// end: one may be read in the moment before a countdown begins or ends.
+const waitingLimit = 3
+
+// waitsForKey reports whether a screen shows GRUB's menu, or GRUB Legacy's,
+// without a countdown.
+func waitsForKey(lines []string) bool {
+	text := strings.Join(lines, " ")
+	return (strings.Contains(text, "to edit the commands before booting") || strings.Contains(text, "'e' to edit the commands")) &&
+		!strings.Contains(text, "automatically in")
+}
+
 // feedFirmware takes bytes of SeaBIOS's debug port, where it says what it says
 // on the screen; on the serial line it says nothing. Behind the firmware, it
 // only tells of video modes.
 func (d *detector) feedFirmware(p []byte) {
 	if d.stage() == StageFirmware {
-		d.feed(&d.firmware, p, func() { d.matchDeadEnds(d.firmware.line) })
+		d.feed(&d.firmware, p, func() {
+			if !d.started && endsWith(d.firmware.line, biosStarts) {
+				d.started = true
+				d.last = nil // maps of memory and the like, which cause nothing
+			}
+			d.matchDeadEnds(d.firmware.line)
+		})
 	}
 }
 
@@ -101,6 +175,9 @@ func (d *detector) feed(s *stream, p []byte, match func()) {
 		switch c = s.stripper.strip(c); c {
 		case 0:
 		case '\n':
+			if s == &d.serial {
+				d.matchLine(string(s.line))
+			}
 			d.endLine(s)
 		default:
 			s.line = append(s.line, c)
@@ -113,7 +190,11 @@ func (d *detector) feed(s *stream, p []byte, match func()) {
 }
 
 func (d *detector) endLine(s *stream) {
-	if text := quotable(s.line); text != "" {
+	text := quotable(s.line)
+	if s == &d.firmware && strings.HasPrefix(text, "VBE ") {
+		text = "" // of its services for video modes, which a boot loader uses
+	}
+	if text != "" {
 		if d.failure != "" && d.evidence == "" {
 			d.evidence = text
 		}
@@ -146,6 +227,8 @@ func (d *detector) matchSerial(at time.Duration) {
 	if d.toKernel == 0 && endsWith(line, kernelSign) {
 		d.toKernel = at
 	}
+	d.started = d.started || endsWith(line, uefiStarts)
+	d.login = d.login || endsWith(line, loginSign)
 	d.matchDeadEnds(line)
 	if d.failure == "" && endsWith(line, " MiB") {
 		if m := readyLine.FindSubmatch(line); m != nil {
@@ -159,17 +242,54 @@ func (d *detector) matchSerial(at time.Duration) {
 	}
 }
 
+// matchDeadEnds looks at what the newest byte of either stream completes.
 func (d *detector) matchDeadEnds(line []byte) {
-	if d.failure != "" {
-		return
-	}
 	for _, e := range deadEnds {
 		if endsWith(line, e.sign) {
-			d.failure = e.meaning
+			d.fail(e.sign, e.meaning)
 		}
 	}
 	if string(line) == grubPrompt {
-		d.failure = "GRUB found no menu and shows its prompt"
+		d.matchWhole(grubPrompt)
+	}
+}
+
+// matchLine looks at a line of the serial console that is whole.
+func (d *detector) matchLine(line string) {
+	if d.toReady != 0 {
+		return
+	}
+	d.matchWhole(line)
+	if i := strings.Index(line, kernelSign); i >= 0 && d.version == "" {
+		words := strings.Fields(line[i:]) // who compiled it, with what, follows
+		d.version = quotable([]byte(strings.Join(words[:min(3, len(words))], " ")))
+	}
+	// Linux prints its command line twice, and gives up what the serial port
+	// does not take in 10 ms: on a loaded machine any byte may be missing.
+	if d.local && d.toKernel != 0 && strings.Contains(line, cmdlineSign) {
+		d.entered = d.entered || slices.Contains(strings.Fields(line), "memlinux.build="+d.buildID)
+		d.other = !d.entered
+	}
+}
+
+// otherSystem is what a boot came to that chose another entry.
+const otherSystem = "the machine booted, but not into this entry"
+
+// matchWhole looks at a line of a boot loader.
+func (d *detector) matchWhole(line string) {
+	switch {
+	case d.toKernel != 0:
+	case line == grubPrompt:
+		d.fail(grubPrompt, "GRUB found no menu and shows its prompt")
+	case legacyError.MatchString(line):
+		d.fail(line, "GRUB could not boot the entry")
+	}
+}
+
+// fail notes the first failure.
+func (d *detector) fail(sign, meaning string) {
+	if d.failure == "" && (!d.local || sign != noSuchDevice) {
+		d.failure = meaning
 	}
 }
 
@@ -186,6 +306,30 @@ func (d *detector) stage() string {
 	return StageFirmware
 }
 
+// reached is how far the boot came, for a person.
+func (d *detector) reached() string {
+	switch stage := d.stage(); {
+	case stage == StageKernel:
+		return "the kernel"
+	case stage == StageGRUB:
+		return "GRUB"
+	case d.started:
+		return "the boot loader"
+	}
+	return "the firmware"
+}
+
+// timedOut says what was seen when limit was over, for a person.
+func (d *detector) timedOut(limit time.Duration) string {
+	switch {
+	case d.other:
+		return fmt.Sprintf("%s: %s; %s", otherSystem, d.version, d.quote())
+	case d.local && d.login && !d.entered:
+		return fmt.Sprintf("%s: it asks for a login; %s", otherSystem, d.quote())
+	}
+	return fmt.Sprintf("no ready line within %v; the boot came as far as %s; %s", limit, d.reached(), d.quote())
+}
+
 // verdict is the failure and the line that shows it, for a person.
 func (d *detector) verdict() string {
 	if d.evidence == "" {
@@ -200,10 +344,16 @@ func (d *detector) quote() string {
 	if text := quotable(d.serial.line); text != "" {
 		lines = append(lines[:len(lines):len(lines)], text)
 	}
-	if len(lines) == 0 {
-		return "the console stayed empty"
+	said := "the console stayed empty"
+	if len(lines) > 0 {
+		said = "the console's last lines: " + strings.Join(lines, " | ")
 	}
-	return "the console's last lines: " + strings.Join(lines, " | ")
+	// A kernel that speaks on the serial line says there all that it says.
+	// A GRUB that speaks on both says the same on both.
+	if n := len(d.screen); n > 0 && d.toKernel == 0 && !slices.Contains(lines, d.screen[n-1]) {
+		said += "; the screen says: " + strings.Join(d.screen[max(0, len(d.screen)-keepLines):], " | ")
+	}
+	return said
 }
 
 // quotable is a line as it is quoted, which has an end.

@@ -31,6 +31,7 @@ case $mode in
 reset) reboot -f;;
 off) poweroff -f;;
 panic) exit 3;;
+login) echo "pc login: " > /dev/ttyS0; sleep 1000;;
 mute) sleep 1000;;
 esac
 ram=$(awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo)
@@ -156,37 +157,44 @@ func gptDisk(t *testing.T) string {
 		run(t, "mkfs.vfat", "-F", "32", "-s", "1", "-i", volumeID, "--offset", "2048", path, fmt.Sprint((sizeMiB-1)<<10-17))
 		fillFAT(t, path+"@@1M", kernel, initrd)
 
-		dir := t.TempDir()
-		cfg, coreFile := filepath.Join(dir, "cfg"), filepath.Join(dir, "core.img")
+		cfg := filepath.Join(t.TempDir(), "cfg")
 		write(t, cfg, grubCfg+loadMenu)
-		run(t, "grub-mkimage", "-O", "i386-pc", "-o", coreFile, "-c", cfg, "-p", "(,gpt2)/boot/grub",
+		embedGRUB(t, path, "-c", cfg, "-p", "(,gpt2)/boot/grub",
 			"biosdisk", "part_gpt", "fat", "search", "search_fs_uuid", "normal", "legacycfg", "linux", "linux16", "serial", "terminal", "echo", "test")
-		boot, core := read(t, "/usr/lib/grub/i386-pc/boot.img"), read(t, coreFile)
-		const lba = 34
-		sectors := (len(core) + 511) / 512
-		core = append(core, make([]byte, sectors*512-len(core))...)
-		binary.LittleEndian.PutUint64(boot[0x5c:], lba)
-		boot[0x64], boot[0x66], boot[0x67] = 0xff, 0x90, 0x90
-		binary.LittleEndian.PutUint64(core[0x1f4:], lba+1)
-		binary.LittleEndian.PutUint16(core[0x1fc:], uint16(sectors-1))
-		binary.LittleEndian.PutUint16(core[0x1fe:], 0x0820)
-		f, err := os.OpenFile(path, os.O_RDWR, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		mbr := make([]byte, 512)
-		if _, err := f.ReadAt(mbr, 0); err != nil {
-			t.Fatal(err)
-		}
-		copy(mbr, boot[:0x1b8])
-		mbr[0x1fe], mbr[0x1ff] = 0x55, 0xaa
-		for off, p := range map[int64][]byte{0: mbr, lba * 512: core} {
-			if _, err := f.WriteAt(p, off); err != nil {
-				t.Fatal(err)
-			}
-		}
 	})
+}
+
+// embedGRUB puts GRUB for a PC BIOS into the disk's boot sector and its BIOS
+// boot partition at LBA 34.
+func embedGRUB(t *testing.T, path string, mkimage ...string) {
+	t.Helper()
+	coreFile := filepath.Join(t.TempDir(), "core.img")
+	run(t, "grub-mkimage", append([]string{"-O", "i386-pc", "-o", coreFile}, mkimage...)...)
+	boot, core := read(t, "/usr/lib/grub/i386-pc/boot.img"), read(t, coreFile)
+	const lba = 34
+	sectors := (len(core) + 511) / 512
+	core = append(core, make([]byte, sectors*512-len(core))...)
+	binary.LittleEndian.PutUint64(boot[0x5c:], lba)
+	boot[0x64], boot[0x66], boot[0x67] = 0xff, 0x90, 0x90
+	binary.LittleEndian.PutUint64(core[0x1f4:], lba+1)
+	binary.LittleEndian.PutUint16(core[0x1fc:], uint16(sectors-1))
+	binary.LittleEndian.PutUint16(core[0x1fe:], 0x0820)
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	mbr := make([]byte, 512)
+	if _, err := f.ReadAt(mbr, 0); err != nil {
+		t.Fatal(err)
+	}
+	copy(mbr, boot[:0x1b8])
+	mbr[0x1fe], mbr[0x1ff] = 0x55, 0xaa
+	for off, p := range map[int64][]byte{0: mbr, lba * 512: core} {
+		if _, err := f.WriteAt(p, off); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // largeSectorDisk boots on UEFI only: FAT32 with sectors of 4096 bytes on the
@@ -218,7 +226,7 @@ func write(t *testing.T, path, content string) {
 	}
 }
 
-func read(t *testing.T, path string) []byte {
+func read(t testing.TB, path string) []byte {
 	t.Helper()
 	p, err := os.ReadFile(path)
 	if err != nil {

@@ -36,10 +36,20 @@ const (
 type Machine struct {
 	Firmware Firmware
 
-	Disk       *os.File // a block device or raw image, opened read-only; or nil
-	DiskSize   int64    // bytes, a multiple of SectorSize; a larger file is cut there
-	SectorSize int      // logical sector size in bytes: 512 or 4096
+	// Disk is a block device or raw image, opened read-only; or nil. Of a
+	// device with file systems in use, what they wrote must be on the disk, and
+	// what memory holds of the disk dropped (posix_fadvise) after that: they
+	// write past the device's page cache, through which it is read here.
+	Disk       *os.File
+	DiskSize   int64 // bytes, a multiple of SectorSize; a larger file is cut there
+	SectorSize int   // logical sector size in bytes: 512 or 4096
 	Bus        Bus
+	Patches    []Patch // what the guest sees differently on Disk
+
+	// Variables are in the firmware's store when a UEFI machine starts. A
+	// Boot#### needs a device path that begins with HD(), the partition: a
+	// longer one leads to a device of another machine.
+	Variables []Variable
 
 	Kernel, Initrd *os.File // boot directly, without the disk's boot loader; or nil
 	Append         string   // the command line of Kernel
@@ -101,6 +111,10 @@ func (m Machine) validate() error {
 		return errors.New("machine: nothing to boot: no disk, kernel or disc")
 	case m.Kernel == nil && (m.Initrd != nil || m.Append != ""):
 		return errors.New("machine: an initramfs or command line without a kernel")
+	case m.Disk == nil && len(m.Patches) > 0:
+		return errors.New("machine: patches without a disk")
+	case m.Firmware != UEFI && len(m.Variables) > 0:
+		return fmt.Errorf("machine: UEFI variables with %s", m.Firmware)
 	case m.MemoryMiB < 0:
 		return fmt.Errorf("machine: %d MiB of memory", m.MemoryMiB)
 	}
@@ -112,8 +126,18 @@ func (m Machine) validate() error {
 			return fmt.Errorf("machine: disc: %w", err)
 		}
 	}
+	for _, v := range m.Variables {
+		if err := v.validate(); err != nil {
+			return fmt.Errorf("machine: %w", err)
+		}
+	}
 	if m.Disk == nil {
 		return nil
+	}
+	for _, p := range m.Patches {
+		if err := p.validate(m.DiskSize); err != nil {
+			return fmt.Errorf("machine: %w", err)
+		}
 	}
 	switch m.Bus {
 	case USB, Virtio, AHCI:

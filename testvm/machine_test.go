@@ -29,7 +29,7 @@ func TestCommandGolden(t *testing.T) {
 	stick := Machine{Disk: disk, DiskSize: 64 << 20, SectorSize: 512}
 	with := func(m Machine, fw Firmware, bus Bus) Machine { m.Firmware, m.Bus = fw, bus; return m }
 	proof := func(m Machine) wiring {
-		return wiring{diskDriver: "file", firmwareLog: disk, screenshot: disk}
+		return wiring{diskDriver: "file", firmwareLog: disk, screenshot: disk, screen: disk}
 	}
 	type entry struct {
 		name string
@@ -46,7 +46,7 @@ func TestCommandGolden(t *testing.T) {
 	device := with(stick, UEFI, USB)
 	device.SectorSize = 4096
 	entries = append(entries,
-		entry{"prove-uefi-usb-4096-device-kvm", device, wiring{kvm: true, diskDriver: "host_device", firmwareLog: disk, screenshot: disk}},
+		entry{"prove-uefi-usb-4096-device-kvm", device, wiring{kvm: true, diskDriver: "host_device", firmwareLog: disk, screenshot: disk, screen: disk}},
 		entry{"start-bios-kernel-disc", Machine{Firmware: BIOS, Kernel: disk, Initrd: disk, Append: "console=ttyS0, a=b", DataDisc: disk, MemoryMiB: 256}, wiring{discDriver: "file"}},
 	)
 	for _, e := range entries {
@@ -113,6 +113,13 @@ func TestValidate(t *testing.T) {
 		"a folder that is not there":      {func(m *Machine) { m.Dir = "/does/not/exist" }, "does not exist"},
 		"a negative amount of memory":     {func(m *Machine) { m.MemoryMiB = -1 }, "memory"},
 		"a kernel alone needs no disk":    {func(m *Machine) { m.Kernel, m.Disk, m.Bus = m.Disk, nil, "" }, ""},
+		"a patch at the very end":         {func(m *Machine) { m.Patches = []Patch{{8190, []byte("ab")}} }, ""},
+		"a patch beyond the disk":         {func(m *Machine) { m.Patches = []Patch{{8191, []byte("ab")}} }, "reaches beyond"},
+		"a patch before the disk":         {func(m *Machine) { m.Patches = []Patch{{-1, []byte("ab")}} }, "reaches beyond"},
+		"a patch without a disk":          {func(m *Machine) { m.Kernel, m.Disk, m.Patches = m.Disk, nil, []Patch{{}} }, "patches without a disk"},
+		"UEFI variables for BIOS":         {func(m *Machine) { m.Variables = []Variable{bootOrder} }, "UEFI variables with bios"},
+		"UEFI variables":                  {func(m *Machine) { m.Firmware, m.Variables = UEFI, []Variable{bootOrder} }, ""},
+		"a UEFI variable without a name":  {func(m *Machine) { m.Firmware, m.Variables = UEFI, []Variable{{GUID: globalGUID}} }, "that is no name"},
 		"an empty Dir is not the current": {func(m *Machine) { m.Dir = "" }, "does not exist"},
 	} {
 		t.Run(name, func(t *testing.T) {

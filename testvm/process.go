@@ -49,7 +49,7 @@ type process struct {
 
 // spawn starts QEMU in a process group of its own, as the unprivileged user.
 // It is killed when ctx ends, and by the kernel when this process dies.
-func spawn(ctx context.Context, args []string, files []*os.File, env []string, groups []uint32) (*process, error) {
+func spawn(ctx context.Context, args []string, files []*os.File, groups []uint32) (*process, error) {
 	path, err := exec.LookPath(qemuProgram)
 	if err != nil {
 		return nil, &MissingError{What: qemuProgram, Package: "qemu-system-x86"}
@@ -62,7 +62,7 @@ func spawn(ctx context.Context, args []string, files []*os.File, env []string, g
 	p := &process{cancel: cancel, done: make(chan struct{})}
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Dir = "/"
-	cmd.Env = append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, env...)
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
 	cmd.ExtraFiles = files
 	cmd.Stderr = &p.stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Credential: cred}

@@ -46,6 +46,11 @@ const (
 	// settle is the least time between the ready line and the screenshot, so
 	// that the screen shows the shell, too.
 	settle = 1500 * time.Millisecond
+	// screenRepeat is how often a screen is read while a boot loader may run.
+	screenRepeat = 3 * time.Second
+	// otherLimit is the time that is left, from its first line on, to a kernel
+	// that seems to be of another system than was to boot.
+	otherLimit = 40 * time.Second
 	// lastWords is how long a failing machine may go on, for what it says next
 	// is often the cause.
 	lastWords = 700 * time.Millisecond
@@ -64,6 +69,13 @@ type Expect struct {
 	// Content is how many bytes the system unpacks into memory: what is larger
 	// than a small system is given more time.
 	Content int64
+	// Local says that Disk is a PC's own, with other systems on it, and that
+	// the entry's command line has memlinux.build=Build: a kernel with another
+	// command line is the boot's failure.
+	Local bool
+	// Extra is time on top of the usual: what the boot loader's menu waits for
+	// a person.
+	Extra time.Duration
 }
 
 // contentRate is what of a system is loaded, unpacked and started in a second,
@@ -130,8 +142,8 @@ func prove(ctx context.Context, m Machine, want Expect, progress func(string)) (
 	if m.Firmware == UEFI {
 		limit = uefiLimit
 	}
-	limit += time.Duration(float64(want.Content) / contentRate * float64(time.Second))
-	w := watch{vm: vm, detector: detector{buildID: want.Build}, log: log, progress: progress}
+	limit += time.Duration(float64(want.Content)/contentRate*float64(time.Second)) + want.Extra
+	w := watch{vm: vm, detector: detector{buildID: want.Build, local: want.Local}, log: log, progress: progress}
 	listening, stop := context.WithCancel(ctx)
 	defer stop()
 	w.listen(listening)
@@ -272,9 +284,24 @@ func never() bool { return false }
 func (w *watch) untilReady(ctx context.Context, limit time.Duration) (reason string, err error) {
 	w.report()
 	d := &w.detector
-	alive, err := w.takeFor(ctx, limit, func() bool { return d.toReady != 0 || d.failure != "" })
-	if err != nil {
-		return "", err
+	decided := func() bool { return d.toReady != 0 || d.failure != "" }
+	begin, alive := time.Now(), true
+	for end := begin.Add(limit); alive && !decided() && time.Now().Before(end); {
+		if alive, err = w.takeFor(ctx, min(screenRepeat, time.Until(end)), decided); err != nil {
+			return "", err
+		}
+		// A boot loader may say on the screen alone why it does not go on.
+		if alive && !decided() && d.toKernel == 0 {
+			if err := w.readScreen(ctx); err != nil {
+				return "", err
+			}
+		}
+		switch last := w.vm.started.Add(d.toKernel + otherLimit); {
+		case d.other && d.login:
+			end = time.Now()
+		case d.other && last.Before(end):
+			end = last
+		}
 	}
 	switch {
 	case d.toReady != 0:
@@ -285,15 +312,21 @@ func (w *watch) untilReady(ctx context.Context, limit time.Duration) (reason str
 		}
 		return fmt.Sprintf("%s; %s", d.verdict(), d.quote()), nil
 	case !alive:
-		return fmt.Sprintf("%s at stage %s; %s", w.vm.end(), d.stage(), d.quote()), nil
+		return fmt.Sprintf("%s; the boot came as far as %s; %s", w.vm.end(), d.reached(), d.quote()), nil
 	}
-	return fmt.Sprintf("no ready line within %v; the boot came as far as %s; %s", limit, reached[d.stage()], d.quote()), nil
+	return d.timedOut(limit), nil
 }
 
-var reached = map[string]string{
-	StageFirmware: "the firmware",
-	StageGRUB:     "GRUB",
-	StageKernel:   "the kernel",
+// readScreen lets the detector see the text screen. A machine that has just
+// ended has none, which is no error: the lines' end tells of it.
+func (w *watch) readScreen(ctx context.Context) error {
+	if w.vm.screen == nil {
+		return nil
+	}
+	if lines, err := w.vm.readScreen(ctx); err == nil {
+		w.detector.feedScreen(lines)
+	}
+	return ctx.Err()
 }
 
 // askShell asks on the serial line for a sum until it is answered or it is

@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -24,6 +26,8 @@ type VM struct {
 	process     *process
 	console     *os.File
 	firmwareLog *os.File // only of a proof
+	screen      *os.File // only of a proof: where QEMU puts the text screen
+	screenPath  string   // QEMU's name for it
 	monitor     *qmp.Client
 	kvm         bool
 	started     time.Time
@@ -60,8 +64,10 @@ func (vm *VM) Stop() {
 func (vm *VM) close() {
 	vm.Stop()
 	vm.console.Close()
-	if vm.firmwareLog != nil {
-		vm.firmwareLog.Close()
+	for _, f := range []*os.File{vm.firmwareLog, vm.screen} {
+		if f != nil {
+			f.Close()
+		}
 	}
 }
 
@@ -77,8 +83,8 @@ func (vm *VM) onEvent(e qmp.Event) {
 
 // launch starts QEMU and returns when its monitor answers. On an error nothing
 // is left of it. A screenshot, a file open for writing only, makes it a machine
-// for a proof: it has a firmware log, which the caller reads, and it ends where
-// another would reboot.
+// for a proof: it has a firmware log, which the caller reads, its text screen
+// can be read, and it ends where another would reboot.
 func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 	if err := m.validate(); err != nil {
 		return nil, err
@@ -94,8 +100,8 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 	if err != nil {
 		return nil, fmt.Errorf("machine: %w", err)
 	}
-	// QEMU opens all that it needs in there before it greets, and unlinks the
-	// disk's overlay: when launch returns the names can go.
+	// QEMU opens all that it needs in there before it greets: when launch
+	// returns the names can go, also that of the disk's overlay.
 	defer os.RemoveAll(scratch.Name())
 	defer scratch.Close()
 
@@ -126,10 +132,12 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 	if screenshot != nil && err == nil {
 		if vm.firmwareLog, w.firmwareLog, err = os.Pipe(); err == nil {
 			opened = append(opened, w.firmwareLog)
+			vm.screen, err = memoryFile()
+			w.screen = vm.screen
 		}
 	}
 	closeOurs := func() {
-		for _, f := range []*os.File{monitor, vm.console, vm.firmwareLog} {
+		for _, f := range []*os.File{monitor, vm.console, vm.firmwareLog, vm.screen} {
 			if f != nil {
 				f.Close()
 			}
@@ -141,13 +149,15 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 	}
 
 	args, files := m.command(w)
+	if vm.screen != nil {
+		vm.screenPath = inheritedPath(strconv.Itoa(slices.Index(files, vm.screen) + 3))
+	}
 	var groups []uint32
 	if kvm {
 		groups = kvmGroups()
 	}
 	vm.started = time.Now()
-	// scratch is the first of files. Only the overlay is made in TMPDIR.
-	vm.process, err = spawn(ctx, args, files, []string{"TMPDIR=" + scratchPath("3")}, groups)
+	vm.process, err = spawn(ctx, args, files, groups)
 	if err != nil {
 		closeOurs()
 		return nil, err
@@ -195,8 +205,8 @@ func socketPair(name string) (ours, theirs *os.File, err error) {
 
 // makeScratch makes the machine's scratch folder in m.Dir, with what QEMU must
 // open by name: kernel and initramfs, which may be files that its user can't
-// read, and a fresh store of UEFI variables. It belongs to QEMU's user and
-// nobody else can enter it.
+// read, the disk's overlay, and a fresh store of UEFI variables. It belongs to
+// QEMU's user and nobody else can enter it.
 func makeScratch(m Machine) (dir *os.File, err error) {
 	path, err := os.MkdirTemp(m.Dir, ".qemu-")
 	if err != nil {
@@ -218,12 +228,24 @@ func makeScratch(m Machine) (dir *os.File, err error) {
 		}
 	}
 	if m.Firmware == UEFI {
-		vars, err := os.Open(ovmfVars)
+		flash, err := os.ReadFile(ovmfVars)
+		if err == nil && len(m.Variables) > 0 {
+			flash, err = setVariables(flash, m.Variables)
+		}
 		if err != nil {
+			return nil, fmt.Errorf("%s: %w", ovmfVars, err)
+		}
+		if err := makeIn(path, scratchVars, func(f *os.File) error {
+			_, err := f.Write(flash)
+			return err
+		}); err != nil {
 			return nil, err
 		}
-		defer vars.Close()
-		if err := copyInto(path, scratchVars, vars); err != nil {
+	}
+	if m.Disk != nil {
+		if err := makeIn(path, scratchOverlay, func(f *os.File) error {
+			return writeOverlay(f, m.Disk, m.DiskSize, m.Patches)
+		}); err != nil {
 			return nil, err
 		}
 	}
@@ -236,19 +258,29 @@ func makeScratch(m Machine) (dir *os.File, err error) {
 
 // copyInto copies all of f, whatever its offset, to a new file for QEMU.
 func copyInto(dir, name string, f *os.File) error {
+	return makeIn(dir, name, func(to *os.File) error {
+		if _, err := io.Copy(to, io.NewSectionReader(f, 0, 1<<62)); err != nil {
+			return fmt.Errorf("copy %s: %w", f.Name(), err)
+		}
+		return nil
+	})
+}
+
+// makeIn makes a new file for QEMU, with what fill writes.
+func makeIn(dir, name string, fill func(*os.File) error) error {
 	path := filepath.Join(dir, name)
-	to, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
-	defer to.Close()
-	if _, err := io.Copy(to, io.NewSectionReader(f, 0, 1<<62)); err != nil {
-		return fmt.Errorf("copy %s: %w", f.Name(), err)
+	defer f.Close()
+	if err := fill(f); err != nil {
+		return err
 	}
 	if err := giveAway(path); err != nil {
 		return err
 	}
-	return to.Close()
+	return f.Close()
 }
 
 // giveAway makes path belong to the user that QEMU runs as.

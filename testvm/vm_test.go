@@ -207,8 +207,8 @@ func TestProveSaysWhyNot(t *testing.T) {
 	}{
 		{"another build", "booted build " + testBuild + ", expected other: memlinux: ready", func(t *testing.T) Machine { return directKernel(t, "") }},
 		{"a panic", "the kernel panicked: ", func(t *testing.T) Machine { return directKernel(t, "mode=panic") }},
-		{"a reset", "the machine reset itself at stage ", func(t *testing.T) Machine { return directKernel(t, "mode=reset") }},
-		{"a power off", "the machine powered itself off at stage ", func(t *testing.T) Machine { return directKernel(t, "mode=off") }},
+		{"a reset", "the machine reset itself; the boot came as far as the kernel; ", func(t *testing.T) Machine { return directKernel(t, "mode=reset") }},
+		{"a power off", "the machine powered itself off; the boot came as far as the kernel; ", func(t *testing.T) Machine { return directKernel(t, "mode=off") }},
 		{"garbage for BIOS", "the firmware found nothing to boot on the disk: ", func(t *testing.T) Machine { return diskMachine(t, BIOS, USB, garbageDisk(t), 512) }},
 		{"garbage for UEFI", "the firmware found nothing to boot on the disk: ", func(t *testing.T) Machine { return diskMachine(t, UEFI, USB, garbageDisk(t), 512) }},
 	} {

@@ -41,6 +41,8 @@ type Menu struct {
 type Loader interface {
 	// Name is what a person calls it: GRUB 2, GRUB Legacy, systemd-boot.
 	Name() string
+	// Folders are those that its files lie in, besides Boot.Dir.
+	Folders() []string
 	// Menu reads the configuration.
 	Menu() (Menu, error)
 	// Plan says which changes make the menu hold want and nothing else of ours,

@@ -1,8 +1,9 @@
 // Package menulst reads, edits and writes menu.lst, the menu of GRUB Legacy.
 //
 // A [File] keeps every byte of what was parsed: values are derived from it,
-// and an edit gives a new File in which only the edited lines differ. [Render]
-// makes a new file from values.
+// and an edit gives a new File in which only the edited lines differ. In a file
+// that is not its own memlinux has one [Block], at the end, and it can take all
+// that it did back, byte for byte. [Render] makes a new file from values.
 //
 // # Grammar
 //
@@ -33,10 +34,10 @@
 //     them, so an argument can't hold a blank. [CheckCommandLine] refuses them.
 //   - Runs of blanks between words become one.
 //   - lock and password in an entry become broken script, so that the entry
-//     can't be started. Render and Append refuse them.
+//     can't be started. Render refuses them.
 //   - An unknown command becomes a comment, without a word.
 //   - An entry without any command crashes it; GRUB Legacy skips such an entry.
-//     Render and Append refuse it.
+//     Render and SetBlock refuse it.
 //   - timeout takes digits only: -1 reads as 0, and 010 is octal.
 //   - kernel becomes linux16 under a BIOS and linux under UEFI; (hd0,0) becomes
 //     (hd0,1); uuid becomes search --fs-uuid.

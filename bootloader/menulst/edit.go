@@ -2,107 +2,82 @@ package menulst
 
 import (
 	"bytes"
-	"fmt"
 	"strings"
 )
 
-// Append returns the file with e behind its last line, after a blank line. All
-// bytes of f stay as they are; its line ends, and a missing last newline, are
-// carried on. (Where f ends in a backslash, that becomes a continuation into the
-// blank line.) The error is an *[InvalidError].
-func (f *File) Append(e Entry) (*File, error) {
-	lines, err := e.lines()
-	if err != nil {
-		return nil, err
-	}
-	if len(f.data) == 0 {
-		return Parse([]byte(strings.Join(lines, "\n") + "\n")), nil
-	}
-	nl := f.newline()
-	text := nl + strings.Join(lines, nl) + nl
-	if !bytes.HasSuffix(f.data, []byte("\n")) {
-		text = nl + strings.TrimSuffix(text, nl)
-	}
-	return Parse(append(f.Bytes(), text...)), nil
+// Undo gives a global command back as it was before [File.SetGlobal].
+type Undo struct {
+	Name string
+	Was  string // the bytes of its line, newline included; "" where there was none
+	Is   string // the arguments that SetGlobal gave it
 }
 
-// Remove returns the file without the entry of that index: without the lines
-// from its title to its last command, and without the blank line before the
-// title. What stands behind its last command, as comments and markers of
-// other programs do, stays. Removing an entry that Append wrote gives back the
-// bytes from before.
-func (f *File) Remove(index int) (*File, error) {
-	first, last, found := -1, -1, -1
-	for i, l := range f.lines {
-		if l.kind == title {
-			if found++; found > index {
-				break
-			}
-			if found == index {
-				first, last = i, i
-			}
-		}
-		if first >= 0 && l.kind == command {
-			last = i
-		}
-	}
-	if first < 0 {
-		return nil, fmt.Errorf("menu.lst: there is no entry %d to remove: the file has %d", index, found+1)
-	}
-	start, end := f.lines[first].start, f.lines[last].end
-	// A blank line may also be the end of a line that goes on by a backslash.
-	// It can go only where nothing comes after it.
-	before := f.data[:start]
-	if i := bytes.LastIndexByte(bytes.TrimSuffix(before, []byte("\n")), '\n') + 1; i < start &&
-		len(bytes.Trim(before[i:], " \t\r\n")) == 0 &&
-		(f.lines[first-1].start == i || end == len(f.data)) {
-		start = i
-	}
-	kept := f.Bytes()[:start]
-	if end == len(f.data) && !bytes.HasSuffix(f.data, []byte("\n")) {
-		kept = bytes.TrimSuffix(kept, []byte(f.newline()))
-	}
-	return Parse(append(kept, f.data[end:]...)), nil
-}
-
-// SetGlobal returns the file with the global command name set to value. Of
-// several such commands the last one, which counts, is changed, and only
-// behind its name. A new one goes before the first global command, or at the
-// top. The error is an *[InvalidError].
-func (f *File) SetGlobal(name, value string) (*File, error) {
+// SetGlobal returns the file with the global command name set to value, and
+// what [File.UndoGlobal] needs to give back the bytes from before. Of several
+// such commands the last one, which counts, is changed, and only behind its
+// name. A new one goes before the first global command, or at the top where that
+// stands in another program's marked block, which is written anew at any time.
+// Where nothing had to change the Undo is empty. The error is an *[InvalidError].
+func (f *File) SetGlobal(name, value string) (*File, Undo, error) {
 	text, err := Command{Name: name, Args: value}.line()
 	if err != nil {
-		return nil, err
+		return nil, Undo{}, err
 	}
 	value = strings.Trim(value, " ")
-	var first, last *line
+	undo := Undo{Name: name, Is: value}
+	first, last := f.global(name)
+	switch {
+	case last != nil && last.args == value && !last.blanks:
+		return f, Undo{}, nil
+	case last != nil:
+		raw := f.data[last.start:last.end]
+		body := raw[:len(raw)-len(lastNewline(raw))]
+		if head, ok := globalHead(body, name); ok && value != "" {
+			text = head + value
+		}
+		undo.Was = string(raw)
+		return f.splice(last.start, last.start+len(body), text), undo, nil
+	case first != nil:
+		return f.splice(first.start, first.start, text+f.newline()), undo, nil
+	default:
+		return f.splice(0, 0, text+f.newline()), undo, nil
+	}
+}
+
+// UndoGlobal returns the file with a global command as it was before the
+// SetGlobal that gave u. Where the command has other arguments by now they are
+// someone's later choice, and f is returned as it is, as for an empty Undo.
+func (f *File) UndoGlobal(u Undo) *File {
+	_, last := f.global(u.Name)
+	if u.Name == "" || last == nil || last.args != u.Is {
+		return f
+	}
+	was := u.Was
+	if was != "" && !strings.HasSuffix(was, "\n") {
+		// It was the last line, and is not any more.
+		was += lastNewline(f.data[last.start:last.end])
+	}
+	return f.splice(last.start, last.end, was)
+}
+
+// global finds the first global command that is in no marked block, and the last
+// one of that name.
+func (f *File) global(name string) (first, last *line) {
+	marked := false
 	for i := range f.lines {
 		l := &f.lines[i]
 		if l.kind == title {
 			break
 		}
-		if l.kind == command && first == nil {
+		marked = marked || l.kind == comment && bytes.HasPrefix(f.data[l.start:], []byte("### BEGIN"))
+		if l.kind == command && first == nil && !marked {
 			first = l
 		}
 		if l.kind == command && l.name == name {
 			last = l
 		}
 	}
-	switch {
-	case last != nil && last.args == value:
-		return f, nil
-	case last != nil:
-		raw := f.data[last.start:last.end]
-		body := bytes.TrimRight(raw, "\r\n")
-		if head, ok := globalHead(body, name); ok && value != "" {
-			text = head + value
-		}
-		return f.splice(last.start, last.start+len(body), text), nil
-	case first != nil:
-		return f.splice(first.start, first.start, text+f.newline()), nil
-	default:
-		return f.splice(0, 0, text+f.newline()), nil
-	}
+	return first, last
 }
 
 // globalHead is what stands before a command's arguments on its line. It is
@@ -129,12 +104,20 @@ func (f *File) splice(start, end int, text string) *File {
 	return Parse(append(data, f.data[end:]...))
 }
 
-// newline is how the file's first line ends, since that stays the same
-// whatever is appended.
+// newline is how the file's first line ends.
 func (f *File) newline() string {
 	first, _, _ := bytes.Cut(f.data, []byte("\n"))
 	if bytes.HasSuffix(first, []byte("\r")) {
 		return "\r\n"
 	}
 	return "\n"
+}
+
+// lastNewline is the line end of raw, with all its carriage returns, or "".
+func lastNewline(raw []byte) string {
+	body, ok := bytes.CutSuffix(raw, []byte("\n"))
+	if !ok {
+		return ""
+	}
+	return string(raw[len(bytes.TrimRight(body, "\r")):])
 }

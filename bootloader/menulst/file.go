@@ -91,6 +91,7 @@ type line struct {
 	num        int // the number of its first physical line, from 1
 	kind       kind
 	name, args string // for a command; for a title, args is the title
+	blanks     bool   // there are blanks behind args
 }
 
 type kind int
@@ -145,11 +146,13 @@ func readLine(raw []byte) line {
 		return line{kind: comment}
 	}
 	text, _, _ = strings.Cut(text, "\x00")
+	blanks := len(text)
 	text = strings.TrimRight(text, " ")
+	blanks -= len(text)
 	if text == "" {
 		return line{kind: blank}
 	}
-	l := line{kind: command, name: text}
+	l := line{kind: command, name: text, blanks: blanks > 0}
 	if i := strings.IndexAny(text, " ="); i >= 0 {
 		l.name, l.args = text[:i], strings.TrimLeft(text[i:], " =")
 	}
@@ -199,25 +202,38 @@ func (f *File) Entries() []Entry {
 }
 
 // Default returns the index of the entry that boots by itself, 0 where the
-// file names none. It is not held against the number of entries. ok is false
-// for "default saved", where GRUB remembers the entry outside of the file.
+// file names none. It is not held against the number of entries, and counts as
+// GRUB Legacy does: without entries that have no command. ok is false for
+// "default saved", where GRUB remembers the entry outside of the file.
 func (f *File) Default() (index int, ok bool) {
-	args, found := f.Global("default")
-	if !found {
-		return 0, true
+	ok = true
+	for _, l := range f.lines {
+		if l.kind == title {
+			break
+		}
+		if l.kind != command || l.name != "default" {
+			continue
+		}
+		// GRUB compares the whole rest of the line with "saved".
+		if l.args == "saved" && !l.blanks {
+			index, ok = 0, false
+		} else if n, isNumber := Number(l.args); isNumber {
+			index, ok = n, true
+		}
 	}
-	if args == "saved" {
-		return 0, false
-	}
+	return index, ok
+}
+
+// Number reads a number as GRUB Legacy does: its first digits, or hexadecimal
+// ones behind 0x, and it does not look at what follows them. ok is false where
+// there are none or the number is 2^31 or more; GRUB then leaves what the number
+// is for as it was.
+func Number(text string) (n int, ok bool) {
 	base, digits := 10, "0123456789"
-	if hex, ok := strings.CutPrefix(args, "0x"); ok {
-		args, base, digits = hex, 16, "0123456789abcdefABCDEF"
+	if len(text) > 1 && text[0] == '0' && (text[1] == 'x' || text[1] == 'X') {
+		text, base, digits = text[2:], 16, "0123456789abcdefABCDEF"
 	}
-	// GRUB Legacy reads the digits and does not look at what follows them.
-	args = args[:len(args)-len(strings.TrimLeft(args, digits))]
-	n, err := strconv.ParseInt(args, base, 32)
-	if err != nil {
-		return 0, true
-	}
-	return int(n), true
+	text = text[:len(text)-len(strings.TrimLeft(text, digits))]
+	v, err := strconv.ParseInt(text, base, 32)
+	return int(v), err == nil
 }

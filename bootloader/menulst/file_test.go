@@ -37,7 +37,7 @@ func dump(f *File) string {
 
 func TestRealFiles(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.lst")
-	if err != nil || len(files) < 4 {
+	if err != nil || len(files) < 15 {
 		t.Fatalf("testdata: %v %v", files, err)
 	}
 	for _, name := range files {
@@ -51,7 +51,9 @@ func TestRealFiles(t *testing.T) {
 				t.Errorf("bytes changed:\n%s", diff)
 			}
 			golden(t, strings.TrimSuffix(name, ".lst")+".golden", dump(f))
-			checkAgainstGRUB(t, f)
+			if filepath.Base(name) != "by-hand.lst" { // it has an empty entry, which GRUB 2 can't read
+				checkAgainstGRUB(t, f)
+			}
 		})
 	}
 }
@@ -124,7 +126,9 @@ func checkAgainstGRUB(t *testing.T, f *File) {
 			// GRUB 2 has no continuation lines.
 			if c.Name == "kernel" && !strings.Contains(string(f.Bytes()), "\\\n") {
 				path, args := e.Kernel()
-				if want := " " + quoteWords(path+" "+args) + "\n"; !strings.Contains(entries[i], want) {
+				// A blank at the end of a line is an empty word for GRUB 2.
+				got := strings.ReplaceAll(entries[i], " ''\n", "\n")
+				if want := " " + quoteWords(path+" "+args) + "\n"; !strings.Contains(got, want) {
 					t.Errorf("entry %d: GRUB has no %s:\n%s", i, want, entries[i])
 				}
 			}
@@ -143,6 +147,8 @@ func TestGrammar(t *testing.T) {
 		{"a command without arguments", "hiddenmenu", "default: 0 true\n1: hiddenmenu []\n"},
 		{"the last default counts", "default 1\ndefault 3\n", "default: 3 true\n1: default [1]\n2: default [3]\n"},
 		{"default saved is not in the file", "default saved", "default: 0 false\n1: default [saved]\n"},
+		{"saved with a blank behind it is no number either", "default saved \n", "default: 0 true\n1: default [saved]\n"},
+		{"a default that is no number leaves the one before", "default 3\ndefault x\ndefault 99999999999\n", "default: 3 true\n1: default [3]\n2: default [x]\n3: default [99999999999]\n"},
 		{"a default that is no number", "default x", "default: 0 true\n1: default [x]\n"},
 		{"a default with text behind it", "default 2 # two", "default: 2 true\n1: default [2 # two]\n"},
 		{"a hexadecimal default", "default 0x1f", "default: 31 true\n1: default [0x1f]\n"},

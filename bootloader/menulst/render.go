@@ -51,7 +51,7 @@ func Render(m Menu) ([]byte, error) {
 		out = append(out, text)
 	}
 	for _, e := range m.Entries {
-		lines, err := e.lines()
+		lines, err := e.lines(false)
 		if err != nil {
 			return nil, err
 		}
@@ -80,7 +80,8 @@ func CheckCommandLine(cmdline string) error {
 	return nil
 }
 
-func (e Entry) lines() ([]string, error) {
+// lines are the entry's lines. GRUB 2 knows no lock; GRUB Legacy does.
+func (e Entry) lines(legacy bool) ([]string, error) {
 	if err := checkText("title", e.Title); err != nil {
 		return nil, err
 	}
@@ -98,7 +99,7 @@ func (e Entry) lines() ([]string, error) {
 		return nil, err
 	}
 	for _, c := range e.Commands {
-		if c.Name == "lock" || c.Name == "password" {
+		if c.Name == "password" || c.Name == "lock" && !legacy {
 			return nil, &InvalidError{c.Name, c.Args, "in an entry is a syntax error for GRUB 2"}
 		}
 		text, err := c.line()

@@ -205,6 +205,15 @@ func (c *Client) Jobs(ctx context.Context) ([]api.Job, error) {
 	return list, nil
 }
 
+// BootMenu reads this PC's boot menu.
+func (c *Client) BootMenu(ctx context.Context) (api.BootMenu, error) {
+	var p api.Properties
+	if err := c.call(ctx, api.ManagerPath, api.ManagerInterface+".BootMenu", []any{api.Properties{}}, &p); err != nil {
+		return api.BootMenu{}, err
+	}
+	return api.BootMenuFrom(p)
+}
+
 // Plan asks what a write to the device would do.
 func (c *Client) Plan(ctx context.Context, device string) (api.Plan, error) {
 	var p api.Properties

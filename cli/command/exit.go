@@ -45,9 +45,9 @@ func exitCode(err error) int {
 		return exitCancelled
 	}
 	switch api.ErrorName(err) {
-	case api.ErrInvalidOption, api.ErrInvalidRecipe:
+	case api.ErrInvalidOption, api.ErrInvalidRecipe, api.ErrNoSuchEntry:
 		return exitUsage
-	case api.ErrDeviceBusy, api.ErrDeviceIsSystem, api.ErrDeviceRefused, api.ErrDeviceChanged:
+	case api.ErrDeviceBusy, api.ErrDeviceIsSystem, api.ErrDeviceRefused, api.ErrDeviceChanged, api.ErrUnsupported, api.ErrChanged:
 		return exitRefused
 	case api.ErrNotAuthorized:
 		return exitNotAllowed

@@ -68,6 +68,9 @@ func printReport(w io.Writer, r *api.Report, output string) {
 			row("read back", "DIFFERENT: sha256 %s", im.SHA256Read)
 		}
 	}
+	if r.Entry != nil {
+		rowsOfEntry(r.Kind, r.Entry, row)
+	}
 	for _, b := range r.Boots {
 		name := "boot " + strings.ToUpper(b.Firmware)
 		switch {
@@ -90,6 +93,11 @@ func printReport(w io.Writer, r *api.Report, output string) {
 	}
 	row("took", "%.1f s", r.Seconds)
 	_ = t.Flush() // the terminal is gone if this fails
+	if r.Entry != nil && r.Entry.DryRun {
+		for _, f := range r.Entry.Changes {
+			fmt.Fprint(w, f.Diff)
+		}
+	}
 }
 
 func nonEmpty(parts ...string) []string {

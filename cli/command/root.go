@@ -44,18 +44,20 @@ func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "memlinux",
 		Short: "Make a Linux that runs in memory, put it on a stick and prove that it boots",
-		Long: `memlinux makes a Linux that runs completely in memory, writes it on a USB stick
-or into a file, reads it back and proves in a virtual machine that it boots.`,
+		Long: `memlinux makes a Linux that runs completely in memory, writes it on a USB stick,
+into a file or beside the system of this PC, reads it back and proves in a
+virtual machine that it boots.`,
 		Example: `  sudo memlinux write /dev/sdb        a bootable stick
   sudo memlinux write stick.img       a bootable disk image
   sudo memlinux build -o out          kernel, initramfs and menu.lst for your own use
-  sudo memlinux vm stick.img          try it; Ctrl-A X leaves`,
+  sudo memlinux vm stick.img          try it; Ctrl-A X leaves
+  sudo memlinux install --next        an entry in this PC's boot menu, for the next boot`,
 		Version: Version,
 		Args:    args(cobra.NoArgs),
 		RunE:    func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	prepare(root, g)
-	root.AddCommand(newWrite(g), newBuild(g), newExplain(g), newDiff(g), newVerify(g), newVM(g), newDevices(g), newJobs(g), newRecipe(g), newVersion(g))
+	root.AddCommand(newWrite(g), newBuild(g), newExplain(g), newDiff(g), newVerify(g), newVM(g), newInstall(g), newEntries(g), newRemove(g), newNext(g), newRollback(g), newDevices(g), newJobs(g), newRecipe(g), newVersion(g))
 	return root
 }
 

@@ -22,10 +22,12 @@ const (
 	ManagerPath = dbus.ObjectPath("/org/memlinux/Memlinux1")
 	devicePath  = ManagerPath + "/devices/"
 	jobPath     = ManagerPath + "/jobs/"
+	entryPath   = ManagerPath + "/entries/"
 
 	ManagerInterface = "org.memlinux.Memlinux1.Manager"
 	JobInterface     = "org.memlinux.Memlinux1.Job"
 	DeviceInterface  = "org.memlinux.Memlinux1.Device"
+	EntryInterface   = "org.memlinux.Memlinux1.BootEntry"
 
 	PropertiesInterface     = "org.freedesktop.DBus.Properties"
 	ObjectManagerInterface  = "org.freedesktop.DBus.ObjectManager"
@@ -68,6 +70,11 @@ const (
 	OptSize     = "size"      // t: bytes of the image that goes into a file; 0 is the least that fits
 	OptBootTest = "boot-test" // b: boot what was written (true)
 
+	OptName    = "name"    // s: the title of a boot entry of this PC; an entry of ours with that title is replaced
+	OptNext    = "next"    // b: the next boot takes the entry, once
+	OptDefault = "default" // b: the entry boots by itself
+	OptDryRun  = "dry-run" // b: only say what would change
+
 	OptDevice   = "device"   // o: the disk a virtual machine boots
 	OptFile     = "file"     // h: the disk image a virtual machine boots
 	OptInitrd   = "initrd"   // h: the initramfs of a direct kernel boot
@@ -105,10 +112,14 @@ const (
 
 // Job kinds.
 const (
-	KindBuild  = "build"
-	KindWrite  = "write"
-	KindVerify = "verify"
-	KindVM     = "vm"
+	KindBuild    = "build"
+	KindWrite    = "write"
+	KindVerify   = "verify"
+	KindVM       = "vm"
+	KindInstall  = "install"
+	KindRemove   = "remove"
+	KindNext     = "next"
+	KindRollback = "rollback"
 )
 
 // Keys of a job's Result.
@@ -160,6 +171,15 @@ func DeviceName(path dbus.ObjectPath) (string, bool) {
 
 func isAlnum(c byte) bool {
 	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+}
+
+// EntryPath is the object of the boot entry of ours with the given id.
+func EntryPath(id string) dbus.ObjectPath { return entryPath + dbus.ObjectPath(id) }
+
+// EntryID is the id behind a path that [EntryPath] made, and whether it is one.
+func EntryID(path dbus.ObjectPath) (string, bool) {
+	id, ok := strings.CutPrefix(string(path), string(entryPath))
+	return id, ok && id != "" && !strings.Contains(id, "/")
 }
 
 // JobPath is the object of the job with the given id.

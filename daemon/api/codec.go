@@ -204,3 +204,34 @@ func (j *Job) Update(p Properties) error {
 	}
 	return nil
 }
+
+// Properties gives an entry of ours as the bus shows it.
+func (e BootEntry) Properties() Properties {
+	return Properties{
+		"Id":      dbus.MakeVariant(e.ID),
+		"Title":   dbus.MakeVariant(e.Title),
+		"Cmdline": dbus.MakeVariant(e.Cmdline),
+		"Default": dbus.MakeVariant(e.Default),
+		"Next":    dbus.MakeVariant(e.Next),
+	}
+}
+
+// Dictionary gives the menu as the BootMenu method returns it.
+func (m BootMenu) Dictionary() Properties {
+	return Properties{
+		"loader":    dbus.MakeVariant(m.Loader),
+		"firmware":  dbus.MakeVariant(m.Firmware),
+		"directory": dbus.MakeVariant(m.Directory),
+		"entries":   dbus.MakeVariant(append([]BootEntry{}, m.Entries...)),
+		"warnings":  dbus.MakeVariant(append([]string{}, m.Warnings...)),
+	}
+}
+
+// BootMenuFrom reads what [BootMenu.Dictionary] made.
+func BootMenuFrom(p Properties) (m BootMenu, err error) {
+	if err := loadAll(p, field{"loader", &m.Loader}, field{"firmware", &m.Firmware}, field{"directory", &m.Directory},
+		field{"entries", &m.Entries}, field{"warnings", &m.Warnings}); err != nil {
+		return BootMenu{}, fmt.Errorf("boot menu: %w", err)
+	}
+	return m, nil
+}

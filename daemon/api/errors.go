@@ -19,13 +19,17 @@ const (
 	ErrDeviceRefused  = errPrefix + "DeviceRefused"  // another reason against writing it
 	ErrDeviceChanged  = errPrefix + "DeviceChanged"  // not the device that was planned for
 	ErrNoSpace        = errPrefix + "NoSpace"        // the target is too small
-	ErrBusy           = errPrefix + "Busy"           // too many jobs run
+	ErrBusy           = errPrefix + "Busy"           // too many jobs run, or another program is at work on the same thing
 	ErrCancelled      = errPrefix + "Cancelled"      // the job was cancelled
 	ErrInvalidOption  = errPrefix + "InvalidOption"  // an unknown option, or a value of the wrong type
 	ErrInvalidRecipe  = errPrefix + "InvalidRecipe"  // a recipe, or a kernel, busybox or file of it, that can't make a system
 	ErrVerification   = errPrefix + "Verification"   // written, but not proven
 	ErrMissingProgram = errPrefix + "MissingProgram" // a program or its data is not installed
 	ErrNoSuchJob      = errPrefix + "NoSuchJob"      // no job of that id
+	ErrNoSuchEntry    = errPrefix + "NoSuchEntry"    // no boot entry of ours of that id
+	ErrUnsupported    = errPrefix + "Unsupported"    // this PC's boot loader can't be given that
+	ErrChanged        = errPrefix + "Changed"        // another program changed the boot files meanwhile
+	ErrNothing        = errPrefix + "NothingToDo"    // there is nothing to roll back
 )
 
 // Error is an error of the contract.

@@ -84,6 +84,28 @@ const (
       <arg name="options" type="a{sv}" direction="in"/>
       <arg name="job" type="o" direction="out"/>
     </method>
+    <method name="InstallEntry">
+      <arg name="options" type="a{sv}" direction="in"/>
+      <arg name="job" type="o" direction="out"/>
+    </method>
+    <method name="RemoveEntry">
+      <arg name="id" type="s" direction="in"/>
+      <arg name="options" type="a{sv}" direction="in"/>
+      <arg name="job" type="o" direction="out"/>
+    </method>
+    <method name="SetNextBoot">
+      <arg name="id" type="s" direction="in"/>
+      <arg name="options" type="a{sv}" direction="in"/>
+      <arg name="job" type="o" direction="out"/>
+    </method>
+    <method name="Rollback">
+      <arg name="options" type="a{sv}" direction="in"/>
+      <arg name="job" type="o" direction="out"/>
+    </method>
+    <method name="BootMenu">
+      <arg name="options" type="a{sv}" direction="in"/>
+      <arg name="menu" type="a{sv}" direction="out"/>
+    </method>
     <method name="Devices">
       <arg name="options" type="a{sv}" direction="in"/>
       <arg name="devices" type="ao" direction="out"/>
@@ -144,11 +166,21 @@ const (
     <property name="Refused" type="a(ss)" access="read"/>
   </interface>
 `
+	introspectEntry = `  <interface name="org.memlinux.Memlinux1.BootEntry">
+    <property name="Id" type="s" access="read">
+      <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>
+    </property>
+    <property name="Title" type="s" access="read"/>
+    <property name="Cmdline" type="s" access="read"/>
+    <property name="Default" type="b" access="read"/>
+    <property name="Next" type="b" access="read"/>
+  </interface>
+`
 	introspectTail = "</node>\n"
 )
 
 // Introspect is the introspection XML of an object that has the interface
-// iface (one of the three of memlinux, or "" for a mere node), with the given
+// iface (one of the four of memlinux, or "" for a mere node), with the given
 // child nodes.
 func Introspect(iface string, children []string) string {
 	s := introspectHead + introspectStandard
@@ -159,6 +191,8 @@ func Introspect(iface string, children []string) string {
 		s += introspectJob
 	case DeviceInterface:
 		s += introspectDevice
+	case EntryInterface:
+		s += introspectEntry
 	}
 	for _, c := range children {
 		s += `  <node name="` + c + "\"/>\n"

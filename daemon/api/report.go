@@ -6,6 +6,7 @@ type Report struct {
 	Kind     string   `json:"kind"`             // the job's kind
 	Target   *Target  `json:"target,omitempty"` // what was written or verified
 	System   *System  `json:"system,omitempty"`
+	Entry    *Entry   `json:"entry,omitempty"` // of this PC's boot menu: what was installed or removed
 	Image    *Image   `json:"image,omitempty"`
 	Boots    []Boot   `json:"boots,omitempty"`
 	Written  bool     `json:"written"`  // the whole image is on the target and was read back
@@ -54,6 +55,52 @@ type Image struct {
 type Extent struct {
 	Offset int64 `json:"offset"`
 	Length int64 `json:"length"`
+}
+
+// Entry is what a job did to this PC's boot menu.
+type Entry struct {
+	Loader  string       `json:"loader"` // GRUB 2, GRUB Legacy, systemd-boot, …
+	ID      string       `json:"id,omitempty"`
+	Title   string       `json:"title,omitempty"`
+	Default bool         `json:"default"` // it boots by itself
+	Next    bool         `json:"next"`    // the next boot takes it, once
+	DryRun  bool         `json:"dry_run,omitempty"`
+	Changes []FileChange `json:"changes"` // in their order; none: all was so already
+}
+
+// What happens to a file.
+const (
+	ActionCreate  = "create"
+	ActionReplace = "replace" // by a new file, in one step
+	ActionWrite   = "write"   // over its bytes, where they are
+	ActionRemove  = "remove"
+)
+
+// FileChange is a boot file that was, or would be, changed.
+type FileChange struct {
+	Path   string `json:"path"`
+	Action string `json:"action"`
+	Size   int64  `json:"size"`           // bytes, afterwards
+	Diff   string `json:"diff,omitempty"` // unified, of text
+}
+
+// BootMenu is this PC's boot menu.
+type BootMenu struct {
+	Loader    string      `json:"loader"`
+	Firmware  string      `json:"firmware"`  // bios or uefi
+	Directory string      `json:"directory"` // where our kernels and initramfs files lie
+	Entries   []BootEntry `json:"entries"`
+	Warnings  []string    `json:"warnings,omitempty"`
+}
+
+// BootEntry is an entry of this PC's boot menu.
+type BootEntry struct {
+	ID      string `json:"id,omitempty"` // only of ours
+	Title   string `json:"title"`
+	Cmdline string `json:"cmdline,omitempty"` // only of ours
+	Ours    bool   `json:"ours"`
+	Default bool   `json:"default"` // it boots by itself
+	Next    bool   `json:"next"`    // the next boot takes it, once
 }
 
 // Boot is the verdict on one firmware. Seconds are host time from the start of
