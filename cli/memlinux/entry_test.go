@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -16,6 +18,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf16"
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/testvm/need"
@@ -44,7 +47,12 @@ func newLocal(t *testing.T, spec pc.Spec) *local {
 	}
 	disk := w.path("state/mnt")
 	w.folder("state/mnt")
-	cmd := exec.Command("sh", "-ec", fmt.Sprintf(`mount -o noatime %sp%d %s; mount --bind %s%s /boot; echo mounted; exec sleep infinity`, device, part.Number, disk, disk, bind))
+	script := fmt.Sprintf("mount -o noatime %sp%d %s; mount --bind %s%s /boot", device, part.Number, disk, disk, bind)
+	if p.Firmware == "uefi" {
+		// The variables that the firmware of that PC would show.
+		script += "; mount -t tmpfs none /sys/firmware; mkdir -p /sys/firmware/efi; cp -r " + efivars(t, w, p.ESP) + " /sys/firmware/efi/"
+	}
+	cmd := exec.Command("sh", "-ec", script+"; echo mounted; exec sleep infinity")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -61,6 +69,43 @@ func newLocal(t *testing.T, spec pc.Spec) *local {
 	l := &local{world: w, pc: p, holder: strconv.Itoa(cmd.Process.Pid)}
 	l.boot = "/proc/" + l.holder + "/root/boot"
 	return l
+}
+
+// efivars makes a folder of EFI variables that says that the firmware started
+// GRUB from the partition (UEFI 2.10 §3.1.3 and §10.3.5; each begins with its
+// attributes, as efivarfs has it).
+func efivars(t *testing.T, w *world, esp pc.Partition) string {
+	t.Helper()
+	words := func(s string) (b []byte) {
+		for _, c := range utf16.Encode([]rune(s + "\x00")) {
+			b = binary.LittleEndian.AppendUint16(b, c)
+		}
+		return b
+	}
+	guid, err := hex.DecodeString(strings.ReplaceAll(esp.PartUUID, "-", ""))
+	if err != nil || len(guid) != 16 {
+		t.Fatalf("partition UUID %q: %v", esp.PartUUID, err)
+	}
+	slices.Reverse(guid[:4])
+	slices.Reverse(guid[4:6])
+	slices.Reverse(guid[6:8])
+	le := binary.LittleEndian
+	node := func(kind, subtype byte, data []byte) []byte {
+		return append(le.AppendUint16([]byte{kind, subtype}, uint16(4+len(data))), data...)
+	}
+	drive := le.AppendUint32(nil, uint32(esp.Number))
+	drive = le.AppendUint64(drive, uint64(esp.Start/512))
+	drive = le.AppendUint64(drive, uint64(esp.Size/512))
+	drive = append(append(drive, guid...), 2, 2)
+	path := slices.Concat(node(2, 1, []byte{0xd0, 0x41, 3, 0x0a, 0, 0, 0, 0}), // PciRoot(0): of this PC only
+		node(4, 1, drive), node(4, 4, words(`\EFI\debian\grubx64.efi`)), node(0x7f, 0xff, nil))
+	option := le.AppendUint16(le.AppendUint32(nil, 1), uint16(len(path)))
+	option = slices.Concat(option, words("debian"), path)
+	dir := w.folder("state/efivars")
+	for name, value := range map[string][]byte{"BootCurrent": {3, 0}, "Boot0003": option, "BootOrder": {3, 0}, "SecureBoot": {0}} {
+		w.file("state/efivars/"+name+"-8be4df61-93ca-11d2-aa0d-00e098032b8c", string(append([]byte{7, 0, 0, 0}, value...)))
+	}
+	return dir
 }
 
 // inside runs a command in the namespace.
@@ -189,6 +234,7 @@ func TestEntriesOfThisPC(t *testing.T) {
 	}{
 		{"GRUB 2, /boot on the root", pc.Spec{Loader: pc.GRUB2BIOS}, "grub/custom.cfg"},
 		{"GRUB 2 on GPT, /boot apart", pc.Spec{Loader: pc.GRUB2BIOSGPT, SeparateBoot: true}, "grub/custom.cfg"},
+		{"GRUB 2, UEFI", pc.Spec{Loader: pc.GRUB2UEFI, SeparateBoot: true}, "grub/custom.cfg"},
 		{"GRUB Legacy", pc.Spec{Loader: pc.GRUBLegacy}, "grub/menu.lst"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -234,27 +280,24 @@ func TestEntriesOfThisPC(t *testing.T) {
 			}
 			l.same(withFirst, "after the same install")
 
+			l.run("next", first.System.ID).wants(t, 0)
+			if e := l.ours(); len(e) != 1 || !e[0].Next || e[0].Default {
+				t.Errorf("next: %+v", e)
+			}
+			l.run("next", "none").wants(t, 0)
+			l.same(withFirst, "after next and next none")
+
 			// Another system of that name takes its place, proven first, and
-			// boots next and by itself.
-			o = install("--append", "quiet", "--next", "--default")
+			// boots by itself.
+			o = install("--append", "quiet", "--default")
 			o.wants(t, 0)
 			second := report(t, o)
 			if second.System.ID == first.System.ID || len(second.Boots) != 1 || !second.Boots[0].OK {
 				t.Fatalf("second install: %+v", second)
 			}
-			if e := l.ours(); len(e) != 1 || e[0].ID != second.System.ID || !e[0].Default || !e[0].Next {
+			if e := l.ours(); len(e) != 1 || e[0].ID != second.System.ID || !e[0].Default {
 				t.Fatalf("entries: %+v", e)
 			}
-
-			l.run("next", "none").wants(t, 0)
-			if e := l.ours(); len(e) != 1 || e[0].Next {
-				t.Errorf("next none: %+v", e)
-			}
-			l.run("next", second.System.ID).wants(t, 0)
-			if e := l.ours(); len(e) != 1 || !e[0].Next {
-				t.Errorf("next: %+v", e)
-			}
-			l.run("next", "none").wants(t, 0)
 
 			l.run("rollback").wants(t, 0)
 			l.same(withFirst, "after a rollback")

@@ -4,10 +4,8 @@ import (
 	"archive/tar"
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,6 +22,7 @@ import (
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/testvm/need"
+	"github.com/memlinux/memlinux/testvm/pc"
 )
 
 // machine starts a PC without devices but those of args, and with its serial line
@@ -316,30 +315,6 @@ func (w *world) iso9660(tree string) string {
 	return tree + ".iso"
 }
 
-// debianTar is a root tree made by mmdebstrap, in a tar; imagegen/settings tests
-// with the same.
-func debianTar(t *testing.T) string {
-	t.Helper()
-	need.Root(t)
-	mmdebstrap := need.Tool(t, "mmdebstrap", "mmdebstrap")
-	const include = "systemd-sysv,dbus,udev,kmod"
-	file := filepath.Join(need.Cache(t), "bookworm-"+strings.ReplaceAll(include, ",", "-")+".tar")
-	if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
-		return file
-	}
-	if !need.All() {
-		t.Skip("skipped: the test needs a root tree made by mmdebstrap; run make test")
-	}
-	// Another test may be at it, too.
-	part := filepath.Join(need.Cache(t), fmt.Sprintf("bookworm-%d.part.tar", os.Getpid()))
-	defer os.Remove(part)
-	sh(t, mmdebstrap, "--quiet", "--mode=root", "--variant=minbase", "--include="+include, "--aptopt=Acquire::Languages \"none\"", "bookworm", part)
-	if err := os.Rename(part, file); err != nil {
-		t.Fatal(err)
-	}
-	return file
-}
-
 const rootUUID = "6b0f0c1e-0d2a-4b7e-9a53-0c6a5a8f0003"
 
 // debianDisk is a disk with a Debian that says so when it is up.
@@ -361,7 +336,7 @@ TTYPath=/dev/ttyS0
 		w.t.Fatal(err)
 	}
 	w.file("state/debian/etc/fstab", "UUID="+rootUUID+" / ext4 defaults 0 1\n")
-	sh(w.t, "tar", "-x", "--numeric-owner", "--keep-old-files", "--exclude", "./dev/*", "--exclude", "./etc/fstab", "-f", debianTar(w.t), "-C", tree)
+	sh(w.t, "tar", "-x", "--numeric-owner", "--keep-old-files", "--exclude", "./dev/*", "--exclude", "./etc/fstab", "-f", pc.DebianTar(w.t), "-C", tree)
 	sh(w.t, need.Tool(w.t, "mke2fs", "e2fsprogs"), "-q", "-t", "ext4", "-U", rootUUID, "-d", tree, disk, "512M")
 	if err := os.RemoveAll(tree); err != nil {
 		w.t.Fatal(err)
@@ -401,7 +376,7 @@ func TestDebianInMemory(t *testing.T) {
 	need.Kernel(t)
 	out := w.path("out")
 	recipe := w.file("memlinux.toml", "hostname = \"ramdebian\"\nroot-password = \"\"\n")
-	w.run("build", "-o", out, "--recipe", recipe, "--rootfs", debianTar(t)).wants(t, 0)
+	w.run("build", "-o", out, "--recipe", recipe, "--rootfs", pc.DebianTar(t)).wants(t, 0)
 	w.accounts(t, out, "explain", "--json", "--manifest", out)
 	m := readManifest(t, out)
 	c := machine(t, append(direct(t, out), "-m", fmt.Sprint(max(m.Memory.BIOS, 1024)))...)
