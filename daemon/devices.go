@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/godbus/dbus/v5"
 
@@ -59,7 +60,7 @@ func apiDevice(d blockdev.Device) api.Device {
 		out.Contents = append(out.Contents, api.Content{Name: c.Name, Size: c.Size, Type: c.Type, Label: c.Label})
 	}
 	for _, r := range d.Reasons {
-		out.Refused = append(out.Refused, api.Reason{Code: r.Code, Text: r.Text})
+		out.Refused = append(out.Refused, api.Reason{Code: r.Code, Text: r.Text, Soft: r.Soft})
 	}
 	return out
 }
@@ -98,7 +99,15 @@ func (s *Server) plan(c *call) ([]any, error) {
 	}
 	shown := apiDevice(d)
 	plan := api.Plan{Refused: shown.Refused, Erases: shown.Contents}
-	if len(plan.Refused) == 0 {
+	mounts, err := s.devices.system.Mounts(c.ctx, d.Name)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range mounts {
+		plan.Mounts = append(plan.Mounts, api.Mount{Device: m.Device, Point: m.Point, Type: m.FSType, ByUser: m.ByUser})
+	}
+	lasting := func(r api.Reason) bool { return !r.Soft && r.Code != api.ReasonMounted }
+	if !slices.ContainsFunc(plan.Refused, lasting) {
 		if plan.Token, err = s.token(c.ctx, d.Name); err != nil {
 			return nil, err
 		}

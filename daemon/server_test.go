@@ -332,7 +332,7 @@ func TestDisksComeAndGo(t *testing.T) {
 	path := api.DevicePath(filepath.Base(dev))
 	await := func(member string) *dbus.Signal {
 		t.Helper()
-		timeout := time.After(20 * time.Second)
+		timeout := time.After(time.Minute) // other tests make disks, too, and each is looked at
 		for {
 			select {
 			case s := <-signals:

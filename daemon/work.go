@@ -245,10 +245,11 @@ func (s *Server) write(c *call) ([]any, error) {
 	if bootTest {
 		wantSerial(o, recipe)
 	}
+	terms := termsOf(o)
 	if err := o.end(); err != nil {
 		return nil, err
 	}
-	dev, disk, err := s.openDevice(c)
+	dev, disk, err := s.openDevice(c, terms)
 	if err != nil {
 		closeAll(o.files)
 		return nil, err
@@ -275,12 +276,21 @@ func (s *Server) write(c *call) ([]any, error) {
 	return ret, err
 }
 
-func (s *Server) openDevice(c *call) (blockdev.Device, *blockdev.Disk, error) {
+// termsOf reads what a person agreed to about a device.
+func termsOf(o *options) blockdev.Terms {
+	terms := blockdev.Terms{Serial: get[string](o, api.OptSerial)}
+	for _, point := range get[[][]byte](o, api.OptUnmount) {
+		terms.Unmount = append(terms.Unmount, string(point))
+	}
+	return terms
+}
+
+func (s *Server) openDevice(c *call, terms blockdev.Terms) (blockdev.Device, *blockdev.Disk, error) {
 	dev, err := s.lookUp(c.ctx, c.args[0].(dbus.ObjectPath))
 	if err != nil {
 		return dev, nil, err
 	}
-	disk, err := s.devices.system.Open(c.ctx, dev.Name, c.args[1].(string))
+	disk, err := s.devices.system.OpenOn(c.ctx, dev.Name, c.args[1].(string), terms)
 	return dev, disk, err
 }
 

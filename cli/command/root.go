@@ -1,6 +1,7 @@
 package command
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -22,7 +23,8 @@ var Version = "devel"
 type global struct {
 	private bool
 	json    bool
-	notes   []string // sentences about what this side collected, for the report
+	notes   []string      // sentences about what this side collected, for the report
+	answers *bufio.Reader // the terminal's lines
 }
 
 // Main runs memlinux and returns its exit code.
@@ -32,7 +34,7 @@ func Main() int { return run(newRoot()) }
 func MainWrite() int {
 	g := &global{}
 	c := newWrite(g)
-	c.Use = "memlinux-write [flags] DEVICE|FILE"
+	c.Use = "memlinux-write [flags] [DEVICE|FILE]"
 	c.Example = writeExamples("memlinux-write")
 	c.Version = Version
 	prepare(c, g)

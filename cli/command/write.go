@@ -5,12 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
+	"text/tabwriter"
 
 	"github.com/dustin/go-humanize"
 	"github.com/godbus/dbus/v5"
@@ -39,15 +41,29 @@ func writeExamples(name string) string {
 func newWrite(g *global) *cobra.Command {
 	var w writeFlags
 	c := &cobra.Command{
-		Use:   "write [flags] DEVICE|FILE",
+		Use:   "write [flags] [DEVICE|FILE]",
 		Short: "Write a bootable stick or disk image, and prove that it boots",
 		Long: `Makes the in-memory system, writes it on a whole disk or into a new file, reads
 back what was written, and boots the result in a virtual machine under BIOS and
 UEFI firmware. All that the disk holds is lost. The disk of the running system,
-and whatever is mounted or in use, is refused.`,
+and whatever is in use, is refused; what a desktop has mounted is unmounted if you
+say so. A disk that is built in, or larger than a stick ever is, is written only
+if you type its serial. Without an argument you choose from the disks that can
+be taken out.`,
 		Example: writeExamples("memlinux write"),
-		Args:    oneTarget,
-		RunE:    func(c *cobra.Command, a []string) error { return g.write(c.Context(), &w, a[0]) },
+		RunE: func(c *cobra.Command, a []string) error {
+			if len(a) == 0 {
+				name, err := g.pick(c.Context())
+				if err != nil {
+					return err
+				}
+				a = []string{"/dev/" + name}
+			}
+			if err := oneTarget(c, a); err != nil {
+				return err
+			}
+			return g.write(c.Context(), &w, a[0])
+		},
 	}
 	w.flags(c)
 	f := c.Flags()
@@ -124,7 +140,8 @@ func kernelName(info fs.FileInfo) (string, error) {
 	if err != nil {
 		return "", &api.Error{Name: api.ErrNoSuchDevice, Message: fmt.Sprintf("%s is the node of a device that is not there; list the disks with memlinux devices", info.Name())}
 	}
-	return filepath.Base(link), nil
+	// The slash of names such as cciss/c0d0 is an exclamation mark there.
+	return strings.ReplaceAll(filepath.Base(link), "!", "/"), nil
 }
 
 func (g *global) writeDevice(ctx context.Context, w *writeFlags, name string, o *opened) error {
@@ -133,13 +150,8 @@ func (g *global) writeDevice(ctx context.Context, w *writeFlags, name string, o 
 		if err != nil {
 			return "", err
 		}
-		if len(plan.Refused) > 0 {
-			return "", refusedPlan(name, plan)
-		}
-		if !w.yes {
-			if err := g.confirm(ctx, c, name, plan); err != nil {
-				return "", err
-			}
+		if err := g.agree(ctx, c, w.yes, name, plan, o); err != nil {
+			return "", err
 		}
 		return c.Start(context.WithoutCancel(ctx), "Write", api.DevicePath(name), plan.Token, o.options)
 	}, nil)
@@ -153,15 +165,121 @@ func refusedPlan(name string, plan api.Plan) error {
 	return refusal("/dev/%s is refused: %s", name, strings.Join(reasons, "; "))
 }
 
-// confirm shows what will be lost and wants the device's name as the answer.
-func (g *global) confirm(ctx context.Context, c *client.Client, name string, plan api.Plan) error {
+// pick lets a person choose from the disks that can be taken out and that
+// nothing speaks against but a mount.
+func (g *global) pick(ctx context.Context) (string, error) {
 	if g.json || !term.IsTerminal(int(os.Stdin.Fd())) {
+		return "", usagef("give one DEVICE or FILE; memlinux devices lists the disks")
+	}
+	all, err := ask(ctx, g, (*client.Client).Devices)
+	if err != nil {
+		return "", err
+	}
+	var sticks []api.Device
+	for _, d := range all {
+		if d.Removable && !slices.ContainsFunc(d.Refused, func(r api.Reason) bool { return r.Code != api.ReasonMounted }) {
+			sticks = append(sticks, d)
+		}
+	}
+	if len(sticks) == 0 {
+		return "", &api.Error{Name: api.ErrNoSuchDevice, Message: "no disk that can be taken out and written is plugged in; memlinux devices says why the others are refused"}
+	}
+	t := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	for i, d := range sticks {
+		fmt.Fprintf(t, "%d\t%s\t%s\t%s\t%s\n", i+1, d.Path, size(d.Size), strings.TrimSpace(d.Vendor+" "+d.Model), serial(d.Serial))
+	}
+	if err := t.Flush(); err != nil {
+		return "", err
+	}
+	answer, err := g.ask(ctx, fmt.Sprintf("Which one? Type its number (1 to %d): ", len(sticks)))
+	if err != nil {
+		return "", err
+	}
+	n, err := strconv.Atoi(answer)
+	if err != nil || n < 1 || n > len(sticks) {
+		return "", refusal("nothing was erased: %q is not the number of a disk", answer)
+	}
+	return sticks[n-1].Name, nil
+}
+
+// agree has a person agree to what the plan says will happen to the device, and
+// puts what was agreed to into the options. What only a person at a terminal can
+// lift is refused without one, and with --yes.
+func (g *global) agree(ctx context.Context, c *client.Client, yes bool, name string, plan api.Plan, o *opened) error {
+	soft, mounted := false, false
+	for _, r := range plan.Refused {
+		soft = soft || r.Soft
+		mounted = mounted || r.Code == api.ReasonMounted
+	}
+	for _, m := range plan.Mounts {
+		if mounted && !m.ByUser {
+			return refusedPlan(name, plan)
+		}
+	}
+	asking := !yes && !g.json && term.IsTerminal(int(os.Stdin.Fd()))
+	switch {
+	case len(plan.Refused) > 0 && (plan.Token == "" || !asking):
+		return refusedPlan(name, plan)
+	case yes:
+		return nil
+	case !asking:
 		return usagef("/dev/%s would be erased, and there is no terminal to ask at: say --yes if that is right", name)
 	}
 	d, err := c.Device(ctx, name)
 	if err != nil {
 		return err
 	}
+	if soft && d.Serial == "" {
+		return refusedPlan(name, plan) // nothing could be typed
+	}
+	g.show(name, d, plan)
+	if soft {
+		for _, r := range plan.Refused {
+			if r.Soft {
+				fmt.Printf("  %s\n", r.Text)
+			}
+		}
+		answer, err := g.ask(ctx, "If it is meant all the same, type its serial: ")
+		if err != nil {
+			return err
+		}
+		if answer != d.Serial {
+			return refusal("not erased: the answer was not the serial of /dev/%s", name)
+		}
+		o.set(api.OptSerial, answer)
+	}
+	if mounted {
+		var points [][]byte
+		for _, m := range plan.Mounts {
+			fmt.Printf("  %s is mounted at %s\n", m.Device, printable(m.Point))
+			points = append(points, []byte(m.Point))
+		}
+		answer, err := g.ask(ctx, "Unmount that? Type yes: ")
+		if err != nil {
+			return err
+		}
+		if answer != "yes" {
+			return refusal("not erased: %s stays mounted", name)
+		}
+		o.set(api.OptUnmount, points)
+	}
+	answer, err := g.ask(ctx, fmt.Sprintf("Type %s to erase it: ", name))
+	if err != nil {
+		return err
+	}
+	if answer != name {
+		return refusal("not erased: the answer was not %s", name)
+	}
+	return nil
+}
+
+// printable is a path without what would change the terminal.
+func printable(path string) string {
+	return strings.Trim(strconv.QuoteToGraphic(path), `"`)
+}
+
+// show prints the device and what will be lost.
+func (g *global) show(name string, d api.Device, plan api.Plan) {
 	fmt.Printf("%s\n", strings.Join(nonEmpty("/dev/"+name, strings.TrimSpace(d.Vendor+" "+d.Model), serial(d.Serial), d.Transport, size(d.Size)), ", "))
 	known := false
 	for _, e := range plan.Erases {
@@ -173,22 +291,26 @@ func (g *global) confirm(ctx context.Context, c *client.Client, name string, pla
 	if !known {
 		fmt.Println("  holds no file system that is known; whatever is on it will be lost")
 	}
-	fmt.Printf("Type %s to erase it: ", name)
+}
+
+// ask puts a question at the terminal.
+func (g *global) ask(ctx context.Context, question string) (string, error) {
+	fmt.Print(question)
+	if g.answers == nil {
+		g.answers = bufio.NewReader(os.Stdin)
+	}
 	answer := make(chan string, 1)
 	go func() {
 		// Stays behind on a Ctrl-C; the process ends then.
-		s, _ := bufio.NewReader(io.LimitReader(os.Stdin, 256)).ReadString('\n')
+		s, _ := g.answers.ReadString('\n')
 		answer <- strings.TrimSpace(s)
 	}()
 	select {
 	case <-ctx.Done():
 		fmt.Println()
-		return ctx.Err()
+		return "", ctx.Err()
 	case s := <-answer:
-		if s != name {
-			return refusal("not erased: the answer was not %s", name)
-		}
-		return nil
+		return s, nil
 	}
 }
 

@@ -70,6 +70,9 @@ const (
 	OptSize     = "size"      // t: bytes of the image that goes into a file; 0 is the least that fits
 	OptBootTest = "boot-test" // b: boot what was written (true)
 
+	OptSerial  = "serial"  // s: the device's, as a person typed it; lifts the soft reasons against writing it
+	OptUnmount = "unmount" // aay: mount points of the device that a person agreed to have unmounted
+
 	OptName    = "name"    // s: the title of a boot entry of this PC; an entry of ours with that title is replaced
 	OptNext    = "next"    // b: the next boot takes the entry, once
 	OptDefault = "default" // b: the entry boots by itself

@@ -17,7 +17,18 @@ type wireContent struct {
 	Label string
 }
 
-type wireReason struct{ Code, Text string }
+type wireReason struct {
+	Code, Text string
+	Soft       bool
+}
+
+// wireMount has the mount point as bytes: a string of the bus must be UTF-8.
+type wireMount struct {
+	Device string
+	Point  []byte
+	Type   string
+	ByUser bool
+}
 
 func contentsToWire(cs []Content) []wireContent {
 	w := make([]wireContent, len(cs))
@@ -127,8 +138,17 @@ func (p Plan) Dictionary() Properties {
 	return Properties{
 		"token":   dbus.MakeVariant(p.Token),
 		"refused": dbus.MakeVariant(reasonsToWire(p.Refused)),
+		"mounts":  dbus.MakeVariant(mountsToWire(p.Mounts)),
 		"erases":  dbus.MakeVariant(contentsToWire(p.Erases)),
 	}
+}
+
+func mountsToWire(ms []Mount) []wireMount {
+	w := make([]wireMount, len(ms))
+	for i, m := range ms {
+		w[i] = wireMount{m.Device, []byte(m.Point), m.Type, m.ByUser}
+	}
+	return w
 }
 
 // PlanFrom reads what [Plan.Dictionary] made.
@@ -138,6 +158,13 @@ func PlanFrom(p Properties) (plan Plan, err error) {
 	}
 	if plan.Refused, err = loadReasons(p, "refused"); err != nil {
 		return Plan{}, fmt.Errorf("plan: %w", err)
+	}
+	var mounts []wireMount
+	if err := load(p, "mounts", &mounts); err != nil {
+		return Plan{}, fmt.Errorf("plan: %w", err)
+	}
+	for _, m := range mounts {
+		plan.Mounts = append(plan.Mounts, Mount{m.Device, string(m.Point), m.Type, m.ByUser})
 	}
 	if plan.Erases, err = loadContents(p, "erases"); err != nil {
 		return Plan{}, fmt.Errorf("plan: %w", err)

@@ -163,7 +163,7 @@ const (
     <property name="Removable" type="b" access="read"/>
     <property name="ReadOnly" type="b" access="read"/>
     <property name="Contents" type="a(stss)" access="read"/>
-    <property name="Refused" type="a(ss)" access="read"/>
+    <property name="Refused" type="a(ssb)" access="read"/>
   </interface>
 `
 	introspectEntry = `  <interface name="org.memlinux.Memlinux1.BootEntry">

@@ -123,16 +123,29 @@ type Boot struct {
 
 // Plan is what a write would do to a device.
 type Plan struct {
-	Token   string   // proves to Write that the device is still this one
+	Token   string   // proves to Write that the device is still this one; "" where nothing can lift a reason
 	Refused []Reason // every reason against writing it; empty when it may be written
+	Mounts  []Mount  // where the device, or something on it, is mounted
 	Erases  []Content
+}
+
+// Mount is a place where a device is mounted.
+type Mount struct {
+	Device string // the kernel's name of what is mounted
+	Point  string // any bytes but NUL
+	Type   string // of the file system
+	ByUser bool   // where desktops mount what is plugged in: it can be offered to unmount it
 }
 
 // Reason is why a device may not be written.
 type Reason struct {
 	Code string `json:"code"`
 	Text string `json:"text"`
+	Soft bool   `json:"soft,omitempty"` // the device's serial, as [OptSerial], lifts it
 }
+
+// ReasonMounted is the Code of a Reason that [OptUnmount] can lift.
+const ReasonMounted = "mounted"
 
 // Content is something that a device holds: a filesystem, a partition table, a
 // partition.

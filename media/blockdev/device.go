@@ -28,7 +28,7 @@ func (s System) Devices(ctx context.Context) ([]Device, error) {
 	var devices []Device
 	for _, n := range v.nodes {
 		switch {
-		case n.hidden, n.partition,
+		case n.hidden, n.partition, len(n.slaves) > 0,
 			n.Transport == "device-mapper", n.Transport == "md",
 			n.virtual && n.Size == 0 && len(n.unknown) == 0,
 			n.virtual && n.Major == 1: // /dev/ram
@@ -74,6 +74,7 @@ func (v *survey) find(name string) (*node, error) {
 func (v *survey) device(n *node) Device {
 	d := n.Device
 	d.Backing = Clean(d.Backing)
+	d.mounted = len(v.mounts[n.Name]) > 0
 	d.Reasons = v.reasons(n)
 	if disk := v.nodes[n.disk]; n.partition && disk != nil {
 		d.LogicalBlockSize = disk.LogicalBlockSize

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 	"unsafe"
@@ -18,11 +19,16 @@ import (
 
 // Token pins the disk: device number, disk sequence number, serial, size,
 // sector size and the hash of the sectors where partition tables lie, the first
-// and the last 34. r reads the disk. Opening for writing asks for the same
-// token, so that what a person agreed to erase is what is erased.
+// and the last 34; these sectors only while no file system on the whole disk is
+// mounted, which writes there. r reads the disk. Opening for writing asks for the
+// same token, so that what a person agreed to erase is what is erased.
 func (d Device) Token(r io.ReaderAt) (string, error) {
 	h := sha256.New()
-	fmt.Fprintf(h, "memlinux disk\n%d:%d\n%d\n%q\n%d\n%d\n", d.Major, d.Minor, d.DiskSeq, d.Serial, d.Size, d.LogicalBlockSize)
+	fmt.Fprintf(h, "memlinux disk\n%s", d.identity())
+	if d.mounted {
+		fmt.Fprintln(h, "mounted")
+		return hex.EncodeToString(h.Sum(nil)), nil
+	}
 	n := min(34*int64(d.LogicalBlockSize), d.Size)
 	for _, off := range []int64{0, d.Size - n} {
 		if _, err := io.Copy(h, io.NewSectionReader(r, off, n)); err != nil {
@@ -30,6 +36,11 @@ func (d Device) Token(r io.ReaderAt) (string, error) {
 		}
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// identity is all of a token that does not lie on the disk.
+func (d Device) identity() string {
+	return fmt.Sprintf("%d:%d\n%d\n%q\n%d\n%d\n", d.Major, d.Minor, d.DiskSeq, d.Serial, d.Size, d.LogicalBlockSize)
 }
 
 // OpenRead opens a whole disk for reading only, whatever speaks against
@@ -42,7 +53,7 @@ func (s System) OpenRead(ctx context.Context, name string) (*os.File, Device, er
 		return nil, Device{}, err
 	}
 	if n.partition {
-		return nil, Device{}, &RefusedError{name, []Reason{{ReasonPartition, fmt.Sprintf("%s is a partition: give the whole disk, %s", name, n.disk)}}}
+		return nil, Device{}, &RefusedError{name, []Reason{{Code: ReasonPartition, Text: fmt.Sprintf("%s is a partition: give the whole disk, %s", name, n.disk)}}}
 	}
 	f, err := s.open(n, unix.O_RDONLY)
 	if err != nil {
@@ -75,9 +86,9 @@ func (s System) open(n *node, flags int) (*os.File, error) {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
 		return nil, fmt.Errorf("%s: %w", n.Name, ErrNoDevice)
 	case errors.Is(err, unix.ENOMEDIUM):
-		return nil, &RefusedError{n.Name, []Reason{{ReasonEmpty, "no medium is in " + n.Name}}}
+		return nil, &RefusedError{n.Name, []Reason{{Code: ReasonEmpty, Text: "no medium is in " + n.Name}}}
 	case errors.Is(err, unix.EROFS):
-		return nil, &RefusedError{n.Name, []Reason{{ReasonReadOnly, n.Name + " is read-only: look for a switch on it"}}}
+		return nil, &RefusedError{n.Name, []Reason{{Code: ReasonReadOnly, Text: n.Name + " is read-only: look for a switch on it"}}}
 	case err != nil:
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
@@ -99,6 +110,7 @@ func (s System) open(n *node, flags int) (*os.File, error) {
 // device and a read comes from there. It must be closed.
 type Disk struct {
 	device Device
+	lock   *os.File // holds udev's lock; not f, so that it is held while others' mounts still keep f from being opened
 	f      *os.File
 
 	mu      sync.Mutex // guards bounce and written
@@ -106,101 +118,213 @@ type Disk struct {
 	written bool
 }
 
-// Open opens a disk for writing if nothing speaks against it and it is still
-// the disk that token was made of. The kernel's exclusive claim (O_EXCL) and
-// udev's lock (flock, https://systemd.io/BLOCK_DEVICE_LOCKING) are held until
-// Close. All checks are made once more when it is open.
+// Terms is what a person, or the work to be done, lays down beyond the disk
+// itself. The zero value lifts nothing.
+type Terms struct {
+	// Serial is what a person typed. If it is the disk's own, byte for byte, the
+	// soft reasons are lifted, if there are no others. A disk without a serial
+	// has nothing that could be typed.
+	Serial string
+	// Unmount lists mount points (Mount.Point) that a person agreed to have
+	// unmounted. What of the disk is mounted elsewhere still refuses it, and the
+	// running system's mount points are never unmounted.
+	Unmount []string
+	// Source is the open file or device that the data will come from, nil if none:
+	// a disk is never overwritten with what is read from it.
+	Source *os.File
+}
+
+// Open is OpenOn without terms.
+func (s System) Open(ctx context.Context, name, token string) (*Disk, error) {
+	return s.OpenOn(ctx, name, token, Terms{})
+}
+
+// OpenOn opens a disk for writing if nothing speaks against it that the terms do
+// not lift and it is still the disk that token was made of. udev's lock (flock,
+// https://systemd.io/BLOCK_DEVICE_LOCKING) is taken first and the kernel's
+// exclusive claim (O_EXCL) last; both are held until Close. What the terms let
+// unmount is unmounted under the lock, so that no automounter hears of the disk
+// in between, and only when nothing else speaks against the disk. All checks are
+// made once more when it is open.
 //
-// Errors: *RefusedError with every reason, *ChangedError, ErrNoDevice.
-func (s System) Open(ctx context.Context, name, token string) (_ *Disk, err error) {
-	v, n, err := s.lookAt(ctx, name)
-	if err != nil {
+// Errors: *RefusedError with every reason, *ChangedError, ErrNoDevice. After
+// one, some of Terms.Unmount can be unmounted.
+func (s System) OpenOn(ctx context.Context, name, token string, terms Terms) (_ *Disk, err error) {
+	if _, err := s.admit(ctx, name, terms, terms.Unmount); err != nil {
 		return nil, err
 	}
-	if reasons := v.reasons(n); len(reasons) > 0 {
-		return nil, &RefusedError{name, reasons}
-	}
-	f, err := s.claim(ctx, n)
-	if err != nil {
-		return nil, err
-	}
+	d := &Disk{bounce: alignedBuffer(bounceSize)}
 	defer func() {
 		if err != nil {
-			_ = f.Close() // nothing was written
+			_ = d.release() // nothing was written
 		}
 	}()
+	if d.lock, err = s.lock(ctx, name); err != nil {
+		return nil, err
+	}
+	if d.device, err = s.admit(ctx, name, terms, terms.Unmount); err != nil {
+		return nil, err
+	}
+	locked := d.device
+	unmounted := false
+	if len(terms.Unmount) > 0 {
+		// The token is looked at before, since unmounting writes where it is made of,
+		// and since another disk's mounts are none of ours.
+		if err := d.compare(d.lock); err != nil {
+			return nil, err
+		}
+		if err := d.match(d.lock, token); err != nil {
+			return nil, err
+		}
+		if unmounted, err = s.unmount(ctx, name, terms.Unmount); err != nil {
+			return nil, err
+		}
+	}
+	if d.f, err = s.claim(ctx, name); err != nil {
+		// Mounted in this moment: that says more than that it is claimed.
+		var refused *RefusedError
+		if _, now := s.admit(ctx, name, terms, nil); errors.As(now, &refused) {
+			err = now
+		}
+		return nil, err
+	}
 
 	// From here on nobody else can claim the disk: what is true now stays true.
-	v, n, err = s.lookAt(ctx, name)
-	if err != nil {
+	if d.device, err = s.admit(ctx, name, terms, nil); err != nil {
 		return nil, err
 	}
-	if reasons := v.reasons(n); len(reasons) > 0 {
-		return nil, &RefusedError{name, reasons}
-	}
-	d := &Disk{device: v.device(n), f: f, bounce: alignedBuffer(bounceSize)}
-	if err := d.compare(); err != nil {
+	if err := d.compare(d.f); err != nil {
 		return nil, err
 	}
-	now, err := d.device.Token(d)
-	if err != nil {
-		return nil, err
+	if d.device.identity() != locked.identity() {
+		return nil, &ChangedError{name, "identity"}
 	}
-	if now != token {
-		return nil, &ChangedError{name, "partition table or identity"}
+	if !unmounted {
+		if err := d.match(d, token); err != nil {
+			return nil, err
+		}
 	}
 	return d, nil
 }
 
-// patience is how long a disk is waited for that a program has open: those that
+// match makes sure that r, the disk, still has the token.
+func (d *Disk) match(r io.ReaderAt, token string) error {
+	now, err := d.device.Token(r)
+	if err != nil {
+		return err
+	}
+	if now != token {
+		return &ChangedError{d.device.Name, "partition table or identity"}
+	}
+	return nil
+}
+
+// admit gives the device if nothing speaks against it but what the terms lift
+// and what is mounted at the points.
+func (s System) admit(ctx context.Context, name string, terms Terms, unmounted []string) (Device, error) {
+	v, n, err := s.lookAt(ctx, name)
+	if err != nil {
+		return Device{}, err
+	}
+	return v.admit(n, terms, unmounted)
+}
+
+func (v *survey) admit(n *node, terms Terms, unmounted []string) (Device, error) {
+	mounted := len(v.mounts[n.Name]) > 0
+	v.forget(n, unmounted)
+	d := v.device(n)
+	d.mounted = mounted
+	if terms.Source != nil {
+		r, err := v.source(n, terms.Source)
+		if err != nil {
+			return Device{}, err
+		}
+		d.Reasons = append(r, d.Reasons...)
+	}
+	hard := slices.ContainsFunc(d.Reasons, func(r Reason) bool { return !r.Soft })
+	typed := terms.Serial != "" && terms.Serial == d.Serial
+	if len(d.Reasons) > 0 && (hard || !typed) {
+		return Device{}, &RefusedError{n.Name, d.Reasons}
+	}
+	return d, nil
+}
+
+// source is the reason against a disk that f is read from.
+func (v *survey) source(n *node, f *os.File) ([]Reason, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_TYPE|unix.STATX_MNT_ID, &st); err != nil {
+		return nil, fmt.Errorf("look at what is to be written: %w", err)
+	}
+	var on []*node
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		on = append(on, v.byNum[devNum{st.Rdev_major, st.Rdev_minor}])
+	} else {
+		on = append(on, v.byNum[devNum{st.Dev_major, st.Dev_minor}])
+		for _, space := range v.spaces {
+			for _, m := range space {
+				if m.id == st.Mnt_id && st.Mask&unix.STATX_MNT_ID != 0 {
+					on = append(on, v.mounted(m)...)
+				}
+			}
+		}
+	}
+	for _, o := range on {
+		if o != nil && slices.Contains(standing(n.Name, v.above, v.files), o.Name) {
+			return []Reason{{Code: ReasonSource, Text: fmt.Sprintf("what is to be written is read from %s: copy it elsewhere first", v.describe(n.Name, o.Name))}}, nil
+		}
+	}
+	return nil, nil
+}
+
+// patience is how long a disk is waited for that a program uses: those that
 // only probe it, as udev does, are done by then. Tests have less.
 var patience = 3 * time.Second
 
-// claim opens the disk for us alone and locks it.
-func (s System) claim(ctx context.Context, n *node) (*os.File, error) {
-	deadline := time.Now().Add(patience)
-	wait := func() (again bool, err error) {
-		if !time.Now().Before(deadline) {
-			return false, nil
-		}
-		select {
-		case <-time.After(50 * time.Millisecond):
-			return true, nil
-		case <-ctx.Done():
-			return false, ctx.Err()
-		}
+type wait struct{ until time.Time }
+
+func newWait() wait { return wait{time.Now().Add(patience)} }
+
+// again waits a moment; it is false when patience is at its end.
+func (w wait) again(ctx context.Context) (bool, error) {
+	if ctx.Err() != nil {
+		return false, ctx.Err()
 	}
-	busy := func(how string) error {
-		return &RefusedError{n.Name, []Reason{{ReasonBusy, fmt.Sprintf("another program %s: close it and try again", how)}}}
+	if !time.Now().Before(w.until) {
+		return false, nil
 	}
-	var f *os.File
-	for {
-		var err error
-		f, err = s.open(n, unix.O_RDWR|unix.O_EXCL|unix.O_DIRECT)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, unix.EBUSY) {
-			return nil, err
-		}
-		if again, err := wait(); err != nil {
-			return nil, err
-		} else if !again {
-			return nil, busy(n.Name + " is claimed by the kernel or by a program, perhaps mounted where we can't see it; whatever uses it")
-		}
+	select {
+	case <-time.After(50 * time.Millisecond):
+		return true, nil
+	case <-ctx.Done():
+		return false, ctx.Err()
 	}
+}
+
+func busy(name, format string, args ...any) error {
+	return &RefusedError{name, []Reason{{Code: ReasonBusy, Text: fmt.Sprintf(format, args...)}}}
+}
+
+// lock takes udev's lock of the disk, which works on what is mounted, too.
+func (s System) lock(ctx context.Context, name string) (*os.File, error) {
+	_, n, err := s.lookAt(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	f, err := s.open(n, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	w := newWait()
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			return f, nil
 		}
-		again := false
+		again := errors.Is(err, unix.EINTR)
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			if again, err = wait(); err == nil && !again {
-				err = busy("has locked " + n.Name)
+			if again, err = w.again(ctx); err == nil && !again {
+				err = busy(name, "another program has locked %s%s: close it and try again", name, openBy(s.openers(n.numbers(nil), false)))
 			}
-		} else if errors.Is(err, unix.EINTR) {
-			again = true
 		}
 		if !again {
 			_ = f.Close() // nothing was written
@@ -209,23 +333,93 @@ func (s System) claim(ctx context.Context, n *node) (*os.File, error) {
 	}
 }
 
+// claim opens the disk for us alone, and sees to it that no other program has it
+// open for writing: two that write one stick are both served badly.
+func (s System) claim(ctx context.Context, name string) (*os.File, error) {
+	v, n, err := s.lookAt(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	devices := n.numbers(v)
+	w := newWait()
+	for {
+		f, err := s.open(n, unix.O_RDWR|unix.O_EXCL|unix.O_DIRECT)
+		var writers []process
+		if err == nil {
+			if writers = s.openers(devices, true); len(writers) == 0 {
+				return f, nil
+			}
+			_ = f.Close() // nothing was written
+		} else if !errors.Is(err, unix.EBUSY) {
+			return nil, err
+		}
+		again, err := w.again(ctx)
+		switch {
+		case err != nil:
+			return nil, err
+		case again:
+			continue
+		case len(writers) > 0:
+			return nil, busy(name, "%s is written by %s: wait for that to end", name, several(writers))
+		}
+		if who := s.sees(devices); len(who) > 0 {
+			return nil, busy(name, "%s is mounted where only others see it, as %s does: unmount it there", name, several(who))
+		}
+		return nil, busy(name, "%s is claimed by the kernel or by a program%s, perhaps mounted where we can't see it: close whatever uses it and try again",
+			name, openBy(s.openers(devices, false)))
+	}
+}
+
+// openBy puts processes into a sentence.
+func openBy(who []process) string {
+	if len(who) == 0 {
+		return ""
+	}
+	return ", of those that have it open: " + several(who)
+}
+
+// numbers are the device numbers of a disk and, in v, of its partitions.
+func (n *node) numbers(v *survey) map[devNum]bool {
+	all := map[devNum]bool{{n.Major, n.Minor}: true}
+	if v != nil {
+		for _, up := range v.above[n.Name] {
+			if u := v.nodes[up]; u != nil && u.disk == n.Name {
+				all[devNum{u.Major, u.Minor}] = true
+			}
+		}
+	}
+	return all
+}
+
 // compare holds what sysfs told against what the open device says itself.
-func (d *Disk) compare() error {
-	size, err := d.ioctl64(unix.BLKGETSIZE64)
+func (d *Disk) compare(f *os.File) error {
+	size, err := ioctl64(f, unix.BLKGETSIZE64)
 	if err != nil {
 		return fmt.Errorf("ask %s for its size: %w", d.device.Name, err)
 	}
 	if size != uint64(d.device.Size) {
 		return &ChangedError{d.device.Name, "size"}
 	}
-	sector, err := unix.IoctlGetInt(int(d.f.Fd()), unix.BLKSSZGET)
+	sector, err := unix.IoctlGetInt(int(f.Fd()), unix.BLKSSZGET)
 	if err != nil {
 		return fmt.Errorf("ask %s for its sector size: %w", d.device.Name, err)
 	}
 	if sector != d.device.LogicalBlockSize {
 		return &ChangedError{d.device.Name, "sector size"}
 	}
-	seq, err := d.ioctl64(unix.BLKGETDISKSEQ)
+	if d.device.Transport == "loop" {
+		// A loop device tells the path by which its file was opened. That the path
+		// was of a device shows only here: for a file, Rdevice is 0, or Device in older
+		// kernels (drivers/block/loop.c).
+		info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+		if err != nil {
+			return fmt.Errorf("ask %s for its file: %w", d.device.Name, err)
+		}
+		if info.Rdevice != 0 && info.Rdevice != info.Device {
+			return &RefusedError{d.device.Name, []Reason{{Code: ReasonIndirect, Text: fmt.Sprintf("%s is only another name for the device %s: give that disk", d.device.Name, d.device.Backing)}}}
+		}
+	}
+	seq, err := ioctl64(f, unix.BLKGETDISKSEQ)
 	if errors.Is(err, unix.ENOTTY) || errors.Is(err, unix.EINVAL) {
 		return nil // before Linux 5.15
 	}
@@ -238,8 +432,8 @@ func (d *Disk) compare() error {
 	return nil
 }
 
-func (d *Disk) ioctl64(request uintptr) (v uint64, err error) {
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, d.f.Fd(), request, uintptr(unsafe.Pointer(&v))) //nolint:gosec // the ioctl fills in v
+func ioctl64(f *os.File, request uintptr) (v uint64, err error) {
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(unsafe.Pointer(&v))) //nolint:gosec // the ioctl fills in v
 	if errno != 0 {
 		return 0, errno
 	}
@@ -339,7 +533,19 @@ func (d *Disk) Close() error {
 	if d.written {
 		err = d.rereadTable()
 	}
-	return errors.Join(err, d.f.Close())
+	return errors.Join(err, d.release())
+}
+
+// release gives the lock free before the claim: closing what was open for writing
+// is what makes udev look at the disk, and it must not find it locked then.
+func (d *Disk) release() error {
+	var err error
+	for _, f := range []*os.File{d.lock, d.f} {
+		if f != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}
+	return err
 }
 
 func (d *Disk) rereadTable() error {

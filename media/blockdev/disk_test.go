@@ -38,7 +38,12 @@ func loop(t *testing.T, size int64, sector string) string {
 	if err := os.Truncate(file, size); err != nil {
 		t.Fatal(err)
 	}
-	return filepath.Base(need.Loop(t, file, sector))
+	name := filepath.Base(need.Loop(t, file, sector))
+	// An earlier user of the loop device can have left its partitions.
+	if left, _ := filepath.Glob("/sys/class/block/" + name + "p*"); len(left) > 0 {
+		run(t, need.Tool(t, "partx", "util-linux"), "--delete", "/dev/"+name)
+	}
+	return name
 }
 
 // run runs a command that must succeed.
@@ -483,6 +488,10 @@ func TestToken(t *testing.T) {
 	}
 	if _, err := d.Token(iotestReaderAt{}); err == nil {
 		t.Error("a disk that can't be read: no error")
+	}
+	d.mounted = true
+	if tok, err := d.Token(iotestReaderAt{}); err != nil || seen[tok] != "" {
+		t.Errorf("while it is mounted, %q: %v", seen[tok], err)
 	}
 	small := Device{Name: "sdb", Size: 1024, LogicalBlockSize: 512}
 	if _, err := small.Token(bytes.NewReader(make([]byte, 1024))); err != nil {

@@ -8,6 +8,7 @@
 package blockdev
 
 import (
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -15,6 +16,10 @@ import (
 
 // System says where the kernel shows its devices. The zero value is the
 // running machine; tests put a recorded machine there.
+//
+// Its methods name a disk as the kernel does (sda, nvme0n1, cciss/c0d0), never
+// by a path. Who has a path asks sysfs for the name behind the node's device
+// number (/sys/dev/block/MAJOR:MINOR), so that no link leads astray.
 type System struct {
 	Sys  string // "/sys" if empty
 	Proc string // "/proc" if empty
@@ -41,13 +46,17 @@ type Device struct {
 	LogicalBlockSize int   // bytes
 	Vendor, Model    string
 	Serial           string
-	Transport        string // usb, nvme, ata, scsi, mmc, virtio, loop, device-mapper, md, …; "" if unknown
+	Transport        string // usb, nvme, ata, scsi, mmc, virtio, xen, nbd, loop, device-mapper, md, …; "" if unknown
 	Removable        bool   // a USB disk, an SD card, or a medium that can be taken out
 	ReadOnly         bool
 	DiskSeq          uint64    // counts each disk the kernel has met; 0 before Linux 5.15
 	Contents         []Content // of the disk and its partitions; only from Devices and Device
 	Reasons          []Reason  // all of them; empty: the disk may be written
 	Backing          string    // a loop device's file
+
+	// mounted: a file system on the disk itself, not on a partition, is mounted
+	// and writes where partition tables lie.
+	mounted bool
 }
 
 // Content is what lies on a disk or a partition, as blkid's probe sees it.
@@ -62,11 +71,17 @@ type Content struct {
 
 // Reason is one reason not to write a disk. Code is one of the constants, for
 // programs; Text is a sentence for a person.
-type Reason struct{ Code, Text string }
+type Reason struct {
+	Code, Text string
+	// Soft: the disk could be written, but it is hardly the one that is meant. A
+	// person who types its serial lifts it ([Terms]); nothing lifts any other.
+	Soft bool
+}
 
-// The codes of reasons.
+// The codes of reasons. Only ReasonNotRemovable and ReasonTooLarge are soft.
 const (
-	ReasonSystem       = "system"        // the running system's /, /boot, /usr, /var or /home is on it
+	ReasonSystem       = "system"        // the running system's /, /boot, /usr, /var, /home or the like is on it
+	ReasonSource       = "source"        // what is to be written is read from it
 	ReasonMounted      = "mounted"       // it or a part of it is mounted
 	ReasonSwap         = "swap"          // it holds swap space in use
 	ReasonHeld         = "held"          // device mapper, md or a loop device uses it
@@ -74,11 +89,26 @@ const (
 	ReasonIndirect     = "indirect"      // it is another device under a second name
 	ReasonReadOnly     = "read-only"     // the kernel or a switch forbids writing
 	ReasonNotRemovable = "not-removable" // it is built in
+	ReasonTooLarge     = "too-large"     // it is larger than sticks and cards are
 	ReasonEmpty        = "empty"         // no medium is in it
-	ReasonUnsupported  = "unsupported"   // an optical drive, or sectors that no stick has
+	ReasonUnsupported  = "unsupported"   // an optical or floppy drive, zones, or sectors that no stick has
 	ReasonUnknown      = "unknown"       // the kernel does not say what has to be known
-	ReasonBusy         = "busy"          // some program has it open for itself
+	ReasonBusy         = "busy"          // a program has it open, or uses what is mounted of it
 )
+
+// Candidates are the disks out of devices that a person may pick from: those
+// that can be taken out and that nothing speaks against, in the order in which
+// people count.
+func Candidates(devices []Device) []Device {
+	var picked []Device
+	for _, d := range devices {
+		if d.Removable && len(d.Reasons) == 0 {
+			picked = append(picked, d)
+		}
+	}
+	slices.SortFunc(picked, func(a, b Device) int { return compareNames(a.Name, b.Name) })
+	return picked
+}
 
 // Clean makes a name that a device or its user chose fit to be printed:
 // control characters, marks that turn the direction of text and what is not
@@ -97,7 +127,7 @@ func Clean(s string) string {
 	}, s)
 	s = strings.Join(strings.Fields(s), " ")
 	if r := []rune(s); len(r) > 64 {
-		s = string(r[:64])
+		s = strings.TrimSuffix(string(r[:64]), " ")
 	}
 	return s
 }

@@ -1,11 +1,11 @@
 package blockdev
 
 import (
-	"bufio"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -13,23 +13,30 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/memlinux/memlinux/testvm/need"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
 
-// machine lays out a recorded machine, a file of testdata/machines. A line that begins
+// machine lays out a recorded machine, a file of testdata/machines.
+func machine(t testing.TB, name string) System {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("testdata/machines", name+".txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return layOut(t, string(text))
+}
+
+// layOut makes files of what testdata/record.sh prints or a person wrote. A line that begins
 // with / names a folder; the indented lines below give its attributes:
 // "name = value", "name -> link target", "name/" for an empty folder. "! name" leaves out
 // one that every device has and that is filled in otherwise. Lines that
 // begin with | make the named path a file instead.
-func machine(t *testing.T, name string) System {
+func layOut(t testing.TB, text string) System {
 	t.Helper()
-	f, err := os.Open(filepath.Join("testdata/machines", name+".txt"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	root := t.TempDir()
+	root := scratch(t)
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -45,9 +52,8 @@ func machine(t *testing.T, name string) System {
 	var devices []string
 	without := map[string]bool{}
 	files := map[string]string{}
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		line := lines.Text()
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
 		switch text := strings.TrimSpace(line); {
 		case text == "" || line[0] == '#':
 		case line[0] == '/':
@@ -69,16 +75,16 @@ func machine(t *testing.T, name string) System {
 			}
 			attr, value, ok := strings.Cut(text, " = ")
 			if !ok {
-				t.Fatalf("%s: line %q", name, line)
+				t.Fatalf("line %q", line)
 			}
 			if value[0] == '"' {
+				var err error
 				value, err = strconv.Unquote(value)
 				must(err)
 			}
 			write(filepath.Join(current, attr), value+"\n")
 		}
 	}
-	must(lines.Err())
 	for path, text := range files {
 		write(path, text)
 	}
@@ -95,12 +101,28 @@ func machine(t *testing.T, name string) System {
 				write(path, value+"\n")
 			}
 		}
-		if !without[filepath.Join(dir, "holders")] {
-			must(os.MkdirAll(filepath.Join(dir, "holders"), 0o755))
+		if holders := filepath.Join(dir, "holders"); !without[holders] {
+			if _, err := os.Lstat(holders); err != nil {
+				must(os.Mkdir(holders, 0o755))
+			}
 		}
 		must(os.Symlink(dir, filepath.Join(class, filepath.Base(dir))))
 	}
 	return System{Sys: filepath.Join(root, "sys"), Proc: filepath.Join(root, "proc"), Dev: filepath.Join(root, "dev")}
+}
+
+// scratch is a folder in memory where there is one: a machine is hundreds of files.
+func scratch(t testing.TB) string {
+	dir, err := os.MkdirTemp("/dev/shm", "machine")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
 }
 
 // show prints devices as the golden files keep them.
@@ -132,7 +154,11 @@ func show(devices []Device) string {
 			fmt.Fprintf(&b, "  on %s: %d bytes\n", c.Name, c.Size)
 		}
 		for _, r := range d.Reasons {
-			fmt.Fprintf(&b, "  %s: %s\n", r.Code, r.Text)
+			soft := ""
+			if r.Soft {
+				soft = ", soft"
+			}
+			fmt.Fprintf(&b, "  %s%s: %s\n", r.Code, soft, r.Text)
 		}
 		if len(d.Reasons) == 0 {
 			b.WriteString("  fine\n")
@@ -168,6 +194,41 @@ func TestMachines(t *testing.T) {
 				t.Errorf("devices (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// What is recorded of a machine must say of its disks what the machine itself
+// does, or the golden files prove nothing.
+func TestRecordThisMachine(t *testing.T) {
+	need.Root(t)
+	name, point := mountedLoop(t)
+	upper := filepath.Base(need.Loop(t, "/dev/"+loop(t, 4*mib, "4096"), "512"))
+	// Other tests on this machine come and go with loop devices of their own: what
+	// changed while it was recorded is recorded again.
+	shown := func(s System) string {
+		t.Helper()
+		devices, err := s.Devices(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return show(slices.DeleteFunc(devices, func(d Device) bool { return d.Transport == "loop" && d.Name != name && d.Name != upper }))
+	}
+	var got, want string
+	for range 10 {
+		before := shown(System{})
+		text, err := exec.Command(need.Tool(t, "sh", "dash"), "testdata/record.sh").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want = shown(layOut(t, string(text))), shown(System{}); want == before {
+			break
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the machine and its record (-machine +record):\n%s", diff)
+	}
+	if !strings.Contains(got, point) || !strings.Contains(got, "only another name") {
+		t.Errorf("the record lacks what was made for it:\n%s", got)
 	}
 }
 
@@ -218,7 +279,7 @@ func TestReasons(t *testing.T) {
 		{"loop under a loop", "server", "loop1", []string{"held"}},
 		{"loop over a loop", "server", "loop2", []string{"indirect"}},
 		{"loop over a file", "server", "loop3", nil},
-		{"a container's host disk", "container", "vda", []string{"mounted", "not-removable"}},
+		{"a container's host disk", "container", "vda", []string{"system", "not-removable"}},
 		{"a stick in a container", "container", "sda", nil},
 		{"values that are missing", "container", "sdb", []string{"unknown"}},
 		{"sectors of 520 bytes", "container", "sdc", []string{"unsupported"}},
@@ -287,13 +348,14 @@ func TestUnreadable(t *testing.T) {
 
 func TestClean(t *testing.T) {
 	for in, want := range map[string]string{
-		"  SanDisk  Ultra ":            "SanDisk Ultra",
-		"a\x00b\x1b[31mc\td\n":         "ab[31mc d",
-		"\u202eevil\u200b\ufeff":       "evil",
-		"bad \xff utf8":                "bad utf8",
-		"Größe 東京":                     "Größe 東京",
-		strings.Repeat("é", 100):       strings.Repeat("é", 64),
-		"a\u2028b\u00a0c\u0085d\u0007": "a b c d",
+		"  SanDisk  Ultra ":             "SanDisk Ultra",
+		"a\x00b\x1b[31mc\td\n":          "ab[31mc d",
+		"\u202eevil\u200b\ufeff":        "evil",
+		"bad \xff utf8":                 "bad utf8",
+		"Größe 東京":                      "Größe 東京",
+		strings.Repeat("é", 100):        strings.Repeat("é", 64),
+		strings.Repeat("é", 63) + " éé": strings.Repeat("é", 63),
+		"a\u2028b\u00a0c\u0085d\u0007":  "a b c d",
 	} {
 		if got := Clean(in); got != want {
 			t.Errorf("Clean(%q) = %q, want %q", in, got, want)

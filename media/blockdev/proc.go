@@ -23,10 +23,12 @@ func parseDevNum(s string) (devNum, error) {
 
 // mount is a line of mountinfo (Linux, Documentation/filesystems/proc.rst §3.5).
 type mount struct {
+	id     uint64 // tells mounts of all namespaces apart
 	dev    devNum // of the file system; the major is 0 where it is not on one device, as with btrfs
 	point  string // where it is mounted
 	fstype string
 	source string
+	super  string // the file system's own options, still escaped
 }
 
 // parseMountinfo reads /proc/PID/mountinfo. A line that can't be understood
@@ -46,18 +48,64 @@ func parseMountinfo(text string) ([]mount, error) {
 		if dash+2 >= len(f) {
 			return nil, fmt.Errorf("mountinfo line %d: too few fields", i+1)
 		}
+		id, err := strconv.ParseUint(f[0], 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("mountinfo line %d: %q is not a mount's number", i+1, f[0])
+		}
 		dev, err := parseDevNum(f[2])
 		if err != nil {
 			return nil, fmt.Errorf("mountinfo line %d: %w", i+1, err)
 		}
-		mounts = append(mounts, mount{
+		m := mount{
+			id:     id,
 			dev:    dev,
 			point:  unescape(f[4]),
 			fstype: f[dash+1],
 			source: unescape(f[dash+2]),
-		})
+		}
+		if len(f) > dash+3 { // else it has no options, which are no mount's loss
+			m.super = f[dash+3]
+		}
+		mounts = append(mounts, m)
 	}
 	return mounts, nil
+}
+
+// paths gives the paths that the file system's options name: an overlay's
+// layers, XFS's devices for log and data. An overlay's lower layers are listed
+// with colons between them, "::" before those for data only; what belongs to a
+// path has a backslash before it (Linux, Documentation/filesystems/overlayfs.rst).
+func (m mount) paths() []string {
+	var all []string
+	for _, option := range split(m.super, ',') {
+		_, value, ok := strings.Cut(option, "=")
+		if !ok {
+			continue
+		}
+		for _, path := range split(unescape(value), ':') {
+			path = strings.NewReplacer(`\\`, `\`, `\:`, ":", `\,`, ",").Replace(path)
+			if strings.HasPrefix(path, "/") {
+				all = append(all, path)
+			}
+		}
+	}
+	return all
+}
+
+// split cuts s at each separator that has no backslash before it.
+func split(s string, separator byte) []string {
+	var parts []string
+	start := 0
+	for i := 0; i < len(s); i++ {
+		switch s[i] {
+		case '\\':
+			i++
+		case separator:
+			parts = append(parts, s[start:i])
+			start = i + 1
+		}
+	}
+	return append(parts, s[start:])
 }
 
 // swap is a line of /proc/swaps.

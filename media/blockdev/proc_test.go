@@ -19,10 +19,10 @@ func TestParseMountinfo(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []mount{
-		{devNum{98, 0}, "/mnt2", "ext3", "/dev/root"},
-		{devNum{254, 0}, "/", "ext4", "/dev/vda"},
-		{devNum{65, 161}, "/media/a b\\c\td", "vfat", "/dev/sd a"},
-		{devNum{0, 44}, "/-", "btrfs", "/dev/sdc"},
+		{36, devNum{98, 0}, "/mnt2", "ext3", "/dev/root", "rw,errors=continue"},
+		{27, devNum{254, 0}, "/", "ext4", "/dev/vda", "rw,discard"},
+		{60, devNum{65, 161}, "/media/a b\\c\td", "vfat", "/dev/sd a", "rw"},
+		{61, devNum{0, 44}, "/-", "btrfs", "/dev/sdc", ""},
 	}
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(mount{}, devNum{})); diff != "" {
 		t.Error(diff)
@@ -31,6 +31,7 @@ func TestParseMountinfo(t *testing.T) {
 		"nonsense",
 		"36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 ext3 /dev/root rw",
 		"36 35 98:0 /mnt1 /mnt2 rw,noatime - ext3",
+		"x6 35 98:0 /mnt1 /mnt2 rw,noatime - ext3 /dev/root rw",
 		"36 35 98 /mnt1 /mnt2 rw,noatime - ext3 /dev/root rw",
 		"36 35 98:-1 /mnt1 /mnt2 rw,noatime - ext3 /dev/root rw",
 		"36 35 4294967296:1 /mnt1 /mnt2 rw,noatime - ext3 /dev/root rw",
@@ -66,11 +67,28 @@ func TestParseExport(t *testing.T) {
 	}
 }
 
+func TestPathsOfMount(t *testing.T) {
+	for super, want := range map[string][]string{
+		"rw":                             nil,
+		"rw,relatime,subvol=/@home":      {"/@home"},
+		"rw,logdev=/dev/sda1,sunit=8":    {"/dev/sda1"},
+		"rw,lowerdir=/a:/b::/c,xino=off": {"/a", "/b", "/c"},
+		`rw,lowerdir=/a\134:b\054c:d:/e\040f,upperdir=/g`: {"/a:b,c", "/e f", "/g"},
+		`rw,lowerdir=/a\,b,upperdir=/c`:                   {"/a,b", "/c"},
+		`rw,upperdir=/a\`:                                 {`/a\`},
+	} {
+		if diff := cmp.Diff(want, mount{super: super}.paths()); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", super, diff)
+		}
+	}
+}
+
 func FuzzParseMountinfo(f *testing.F) {
 	if text, err := os.ReadFile("/proc/self/mountinfo"); err == nil {
 		f.Add(string(text))
 	}
 	f.Add("36 35 98:0 /mnt1 /m\\040t2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue\n")
+	f.Add("25 1 0:27 / / rw - overlay overlay rw,lowerdir=/a\\134:b:/c::/d,upperdir=/e\\054f\n")
 	f.Add("1 2 3:4 5 \\08\\0400\\ 7 - - - -")
 	f.Fuzz(func(t *testing.T, text string) {
 		mounts, err := parseMountinfo(text)
@@ -85,6 +103,12 @@ func FuzzParseMountinfo(f *testing.F) {
 		}
 		for _, m := range mounts {
 			holding(mounts, m.point+"/x")
+			isSystem(m.point)
+			for _, path := range m.paths() {
+				if path[0] != '/' {
+					t.Errorf("path %q", path)
+				}
+			}
 		}
 	})
 }

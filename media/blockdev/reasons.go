@@ -3,43 +3,80 @@ package blockdev
 import (
 	"cmp"
 	"fmt"
+	"path"
 	"slices"
 	"strings"
 )
 
-// systemPoints are the mount points without which the running system is no
-// more.
-var systemPoints = []string{"/", "/boot", "/boot/efi", "/efi", "/usr", "/var", "/home"}
+// The mount points without which the running system, as it was started, is no
+// more. Those of live systems are where these keep the medium that they were
+// started from: Debian's live-boot and its forerunner, Ubuntu's casper, Arch's
+// archiso and Manjaro's copy of it, dracut's dmsquash-live, NixOS, Kiwi, Alpine.
+var (
+	systemTrees = []string{"/bin", "/boot", "/efi", "/etc", "/gnu", "/lib", "/lib32", "/lib64", "/nix", "/ostree", "/sbin", "/sysroot", "/usr", "/var",
+		"/run/live", "/lib/live", "/cdrom", "/isodevice", "/rofs", "/run/archiso", "/run/miso", "/run/initramfs", "/run/rootfsbase",
+		"/iso", "/run/overlay", "/.modloop", "/initrd", "/media/root-ro", "/media/root-rw"}
+	systemPoints = []string{"/", "/home", "/root", "/opt", "/srv", "/tmp", "/run", "/dev", "/proc", "/sys"}
+	// Where /mnt and /media are links, as where /usr alone is the system.
+	otherTrees = []string{"/var/mnt", "/var/media", "/var/run/media"}
+)
+
+// isSystem reports whether the running system needs what is mounted at point.
+func isSystem(point string) bool {
+	below := func(dir string) bool { return isBelow(point, dir) }
+	switch {
+	case slices.ContainsFunc(otherTrees, below):
+		return false
+	case slices.ContainsFunc(systemTrees, below), slices.Contains(systemPoints, point):
+		return true
+	}
+	// /home/ann, but not what ann mounts below.
+	return path.Dir(point) == "/home" || path.Dir(point) == "/var/home"
+}
+
+// sizeCap is the size in bytes up to which a disk is taken for a stick or a card.
+// Those of "1 TB" stay below it; of what is larger nearly all are disks in USB
+// cases, which people keep their backups on.
+const sizeCap = 1 << 40
+
+const floppyMajor = 2 // Linux, Documentation/admin-guide/devices.txt
 
 // reasons gives every reason against writing n, the gravest first.
 func (v *survey) reasons(n *node) []Reason {
 	var all []Reason
-	add := func(code, format string, args ...any) {
-		r := Reason{code, fmt.Sprintf(format, args...)}
+	put := func(r Reason) {
 		if !slices.Contains(all, r) {
 			all = append(all, r)
 		}
 	}
+	add := func(code, format string, args ...any) { put(Reason{Code: code, Text: fmt.Sprintf(format, args...)}) }
+	soft := func(code, format string, args ...any) {
+		put(Reason{Code: code, Text: fmt.Sprintf(format, args...), Soft: true})
+	}
 	// A file's loop device matters for what the system needs; else its file
 	// system is mounted anyway, and that is said.
-	for _, name := range standing(n.Name, v.above, v.files) {
-		for _, point := range v.mounts[name] {
-			if slices.Contains(systemPoints, point) {
-				add(ReasonSystem, "the running system's %s is on %s", point, v.describe(n.Name, name))
-			}
+	everything := standing(n.Name, v.above, v.files)
+	for _, name := range everything {
+		if points := v.essential[name]; len(points) > 0 {
+			add(ReasonSystem, "the running system's %s on %s", enumerate(points), v.describe(n.Name, name))
 		}
 	}
-	for _, name := range standing(n.Name, v.above, v.files) {
-		for _, path := range v.swaps[name] {
-			add(ReasonSwap, "swap is in use on %s: swapoff %s", v.describe(n.Name, name), Clean(path))
+	if !n.Removable && !n.partition && n.Transport != "loop" {
+		for _, what := range v.untraced {
+			add(ReasonUnknown, "%s: only removable disks are written here", what)
+		}
+	}
+	for _, name := range everything {
+		for _, area := range v.swaps[name] {
+			add(ReasonSwap, "swap is in use on %s: swapoff %s", v.describe(n.Name, name), Clean(area))
 		}
 	}
 	parts := standing(n.Name, v.above)
 	for _, name := range parts {
 		var points []string
-		for _, point := range v.mounts[name] {
-			if !slices.Contains(systemPoints, point) {
-				points = append(points, Clean(point))
+		for _, m := range v.mounts[name] {
+			if !isSystem(m.point) {
+				points = append(points, Clean(m.point))
 			}
 		}
 		if len(points) > 0 {
@@ -73,7 +110,7 @@ func (v *survey) reasons(n *node) []Reason {
 		add(ReasonPartition, "%s is a partition: give the whole disk, %s", n.Name, n.disk)
 		if d := v.nodes[n.disk]; d != nil {
 			for _, r := range v.reasons(d) {
-				add(r.Code, "%s", r.Text)
+				put(r)
 			}
 		} else {
 			add(ReasonUnknown, "the kernel does not show the disk %s", n.disk)
@@ -87,7 +124,7 @@ func (v *survey) reasons(n *node) []Reason {
 		if below != nil && below != n {
 			for _, r := range v.reasons(below) {
 				if r.Code == ReasonSystem {
-					add(r.Code, "%s", r.Text)
+					put(r)
 				}
 			}
 		}
@@ -103,11 +140,18 @@ func (v *survey) reasons(n *node) []Reason {
 	}
 
 	if !n.Removable && n.Transport != "loop" {
-		add(ReasonNotRemovable, "%s is built in: only USB disks, SD cards, removable media and loop devices are written", n.Name)
+		soft(ReasonNotRemovable, "%s is built in: only USB disks, SD cards, removable media and loop devices are written", n.Name)
 	}
-	switch {
-	case n.raw("device/type") == "5" && n.Transport != "mmc": // SCSI's type of CD and DVD drives
+	if n.Size > sizeCap && n.Transport != "loop" {
+		soft(ReasonTooLarge, "%s has %d GB, more than sticks and cards have: it may be a backup disk", n.Name, n.Size/1e9)
+	}
+	switch scsi := n.raw("device/type"); {
+	case scsi == "5" && n.Transport != "mmc": // SCSI's type of CD and DVD drives
 		add(ReasonUnsupported, "%s is an optical drive", n.Name)
+	case n.Major == floppyMajor:
+		add(ReasonUnsupported, "%s is a floppy drive", n.Name)
+	case n.raw("queue/zoned") == "host-managed":
+		add(ReasonUnsupported, "%s has zones that must be written in their order", n.Name)
 	case n.Size == 0 && !slices.Contains(n.unknown, "size"):
 		add(ReasonEmpty, "no medium is in %s", n.Name)
 	case n.LogicalBlockSize != 0 && n.LogicalBlockSize != 512 && n.LogicalBlockSize != 4096:
@@ -130,13 +174,33 @@ func (v *survey) reasons(n *node) []Reason {
 	return all
 }
 
-// describe names what stands on a disk: "sda3", "dm-0 (root, on sda)".
+// enumerate lists mount points with their verb, those nearest to the root first:
+// a machine with containers has hundreds.
+func enumerate(points []string) string {
+	points = slices.SortedFunc(slices.Values(points), func(a, b string) int {
+		return cmp.Or(strings.Count(a, "/")-strings.Count(b, "/"), len(a)-len(b), strings.Compare(a, b))
+	})
+	for i, p := range points {
+		points[i] = Clean(p)
+	}
+	const most = 3
+	if len(points) > most {
+		points = append(points[:most:most], fmt.Sprintf("%d more", len(points)-most))
+	}
+	last := len(points) - 1
+	if last == 0 {
+		return points[0] + " is"
+	}
+	return strings.Join(points[:last], ", ") + " and " + points[last] + " are"
+}
+
+// describe names what stands on a disk: "sda3", "dm-0 (root) on sda".
 func (v *survey) describe(disk, name string) string {
 	n := v.nodes[name]
 	if n == nil || name == disk || n.disk == disk {
 		return name
 	}
-	return fmt.Sprintf("%s, which is on %s", v.title(name), disk)
+	return fmt.Sprintf("%s on %s", v.title(name), disk)
 }
 
 // title is a name with what a person knows the device by.

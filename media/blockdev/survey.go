@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // node is a block device as sysfs shows it: a disk, a partition, or something
@@ -22,6 +24,7 @@ type node struct {
 	partition bool
 	disk      string // the disk that a partition is on
 	holders   []string
+	slaves    []string // what it is made of
 	unknown   []string // attributes that could not be read
 }
 
@@ -31,25 +34,32 @@ type survey struct {
 	nodes  map[string]*node
 	byNum  map[devNum]*node
 
-	mounts map[string][]string // node → where it, or what is on it alone, is mounted
-	swaps  map[string][]string // node → swap files or itself
+	spaces    [][]mount           // of each mount namespace that is read, our own last
+	mounts    map[string][]mount  // node → where it, or what is on it alone, is mounted
+	essential map[string][]string // node → the running system's mount points that need it
+	swaps     map[string][]string // node → swap files or itself
 	// above tells what stands on a node: partitions, holders, loop devices.
 	// files tells the loop devices behind which a file on the node is.
 	above, files map[string][]string
 
 	unknown []string // what could be on any disk
+	// untraced tells what the running system is on without saying which disks, as
+	// ZFS does. It claims its disks, so that opening one fails; but that is no reason
+	// to try.
+	untraced []string
 }
 
 // look reads sysfs, mountinfo and swaps.
 func (s System) look() (*survey, error) {
 	v := &survey{
-		system: s,
-		nodes:  map[string]*node{},
-		byNum:  map[devNum]*node{},
-		mounts: map[string][]string{},
-		swaps:  map[string][]string{},
-		above:  map[string][]string{},
-		files:  map[string][]string{},
+		system:    s,
+		nodes:     map[string]*node{},
+		byNum:     map[devNum]*node{},
+		mounts:    map[string][]mount{},
+		essential: map[string][]string{},
+		swaps:     map[string][]string{},
+		above:     map[string][]string{},
+		files:     map[string][]string{},
 	}
 	class := filepath.Join(s.sys(), "class/block")
 	names, err := os.ReadDir(class)
@@ -58,7 +68,7 @@ func (s System) look() (*survey, error) {
 	}
 	for _, e := range names {
 		n, err := readNode(class, e.Name())
-		if errors.Is(err, fs.ErrNotExist) {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
 			continue // unplugged while we read
 		}
 		if err != nil {
@@ -71,19 +81,42 @@ func (s System) look() (*survey, error) {
 		}
 	}
 
-	mounts, err := s.readMounts()
-	if err != nil {
+	if v.spaces, err = s.readMounts(); err != nil {
 		return nil, err
 	}
-	v.stack(mounts)
-	for _, m := range mounts {
-		for _, n := range v.mounted(m) {
-			if !slices.Contains(v.mounts[n.Name], m.point) {
-				v.mounts[n.Name] = append(v.mounts[n.Name], m.point)
+	v.stack()
+	for _, space := range v.spaces {
+		for _, m := range space {
+			for _, n := range v.mounted(m) {
+				if !slices.ContainsFunc(v.mounts[n.Name], func(o mount) bool { return o.point == m.point }) {
+					v.mounts[n.Name] = append(v.mounts[n.Name], m)
+				}
+			}
+			if isSystem(m.point) {
+				v.need(m, m.point)
 			}
 		}
 	}
-	return v, v.readSwaps(mounts)
+	return v, v.readSwaps()
+}
+
+// need notes that the running system's mount point needs what the mount m is
+// on, through the layers of an overlay.
+func (v *survey) need(m mount, point string) {
+	nodes := v.mounted(m)
+	if hasDisk := m.dev.major != 0 || slices.Contains([]string{"zfs", "btrfs", "bcachefs"}, m.fstype); hasDisk && len(nodes) == 0 {
+		v.untraced = append(v.untraced, fmt.Sprintf("the kernel does not tell on which disks the running system's %s (%s) is", Clean(point), Clean(m.fstype)))
+	}
+	if m.fstype == "overlay" {
+		for _, path := range m.paths() {
+			nodes = append(nodes, v.filesystem(path)...)
+		}
+	}
+	for _, n := range nodes {
+		if !slices.Contains(v.essential[n.Name], point) {
+			v.essential[n.Name] = append(v.essential[n.Name], point)
+		}
+	}
 }
 
 // readNode reads /sys/class/block/NAME.
@@ -93,8 +126,7 @@ func readNode(class, name string) (*node, error) {
 		return nil, err
 	}
 	n := &node{dir: dir}
-	// The kernel writes the slash of names such as cciss/c0d0 as an exclamation mark.
-	n.Name = strings.ReplaceAll(name, "!", "/")
+	n.Name = devName(name)
 	num, err := os.ReadFile(filepath.Join(dir, "dev"))
 	if errors.Is(err, fs.ErrNotExist) && n.number("hidden", 0) == 1 {
 		n.hidden = true // NVMe multipath: its paths have no device number
@@ -113,7 +145,7 @@ func readNode(class, name string) (*node, error) {
 
 	if n.exists("partition") {
 		n.partition = true
-		n.disk = strings.ReplaceAll(filepath.Base(filepath.Dir(dir)), "!", "/")
+		n.disk = devName(filepath.Base(filepath.Dir(dir)))
 	}
 	n.Size = n.number("size", -1) * 512 // sysfs counts in 512 bytes whatever the sector size
 	if n.Size < 0 || n.Size > 1<<62 {
@@ -122,6 +154,9 @@ func readNode(class, name string) (*node, error) {
 	}
 	n.ReadOnly = n.flag("ro")
 	n.holders = n.list("holders")
+	if n.exists("slaves") {
+		n.slaves = n.list("slaves")
+	}
 	if n.partition {
 		return n, nil
 	}
@@ -135,9 +170,14 @@ func readNode(class, name string) (*node, error) {
 	n.Transport = n.transport()
 	n.Removable = removable || n.Transport == "usb" ||
 		n.Transport == "mmc" && n.text("device/type") == "SD" // type MMC is soldered in
+	if n.exists("device/type") && n.raw("device/type") == "" {
+		n.unknown = append(n.unknown, "device/type")
+	}
 	n.Vendor, n.Model, n.Serial = n.identity()
 	if n.Transport == "loop" {
-		n.Backing = n.raw("loop/backing_file")
+		if n.Backing = n.raw("loop/backing_file"); n.Backing == "" && n.Size > 0 {
+			n.unknown = append(n.unknown, "loop/backing_file")
+		}
 	}
 	return n, nil
 }
@@ -183,7 +223,7 @@ func (n *node) list(attr string) []string {
 	}
 	var names []string
 	for _, e := range entries {
-		names = append(names, strings.ReplaceAll(e.Name(), "!", "/"))
+		names = append(names, devName(e.Name()))
 	}
 	return names
 }
@@ -209,8 +249,10 @@ func (n *node) transport() string {
 		return "device-mapper"
 	case n.virtual && n.exists("md"):
 		return "md"
-	case n.virtual && name("zram"):
-		return "zram"
+	case n.virtual && (name("zram") || name("nbd") || name("drbd") || name("bcache")):
+		return strings.TrimRight(n.Name, "0123456789")
+	case name("xvd"):
+		return "xen"
 	case name("nvme"):
 		return "nvme"
 	case has("mmc"):
@@ -259,10 +301,10 @@ func (n *node) identity() (vendor, model, serial string) {
 	return vendor, model, serial
 }
 
-// readMounts reads our own mounts and, where we may, those of the first
-// process, which can be in another mount namespace. Opening with O_EXCL finds
-// what is mounted in yet other ones.
-func (s System) readMounts() ([]mount, error) {
+// readMounts reads the mounts of the first process, where we may and where it
+// is in another mount namespace, and then our own. Opening with O_EXCL finds what
+// is mounted in yet other namespaces.
+func (s System) readMounts() ([][]mount, error) {
 	text, err := os.ReadFile(filepath.Join(s.proc(), "self/mountinfo"))
 	if err != nil {
 		return nil, fmt.Errorf("read the mounts: %w", err)
@@ -274,83 +316,150 @@ func (s System) readMounts() ([]mount, error) {
 	first, err := os.ReadFile(filepath.Join(s.proc(), "1/mountinfo"))
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
-		return mounts, nil
+		return [][]mount{mounts}, nil
 	case err != nil:
 		return nil, fmt.Errorf("read the first process's mounts: %w", err)
 	case string(first) == string(text):
-		return mounts, nil
+		return [][]mount{mounts}, nil
 	}
 	more, err := parseMountinfo(string(first))
-	return append(mounts, more...), err
+	if err != nil {
+		return nil, fmt.Errorf("the first process's %w", err)
+	}
+	return [][]mount{more, mounts}, nil
 }
 
 // stack fills in what stands on what.
-func (v *survey) stack(mounts []mount) {
+func (v *survey) stack() {
+	put := func(on map[string][]string, below, above string) {
+		if below != above && !slices.Contains(on[below], above) {
+			on[below] = append(on[below], above)
+		}
+	}
 	for _, name := range slices.SortedFunc(maps.Keys(v.nodes), compareNames) {
 		n := v.nodes[name]
 		if n.partition {
-			v.above[n.disk] = append(v.above[n.disk], name)
+			put(v.above, n.disk, name)
 		}
-		v.above[name] = append(v.above[name], n.holders...)
+		for _, up := range n.holders {
+			put(v.above, name, up)
+		}
+		for _, down := range n.slaves {
+			put(v.above, down, name)
+		}
 		if n.Backing == "" {
 			continue
 		}
 		if b := v.named(n.Backing); b != nil {
-			v.above[b.Name] = append(v.above[b.Name], name)
+			put(v.above, b.Name, name)
 			continue
 		}
-		for _, b := range v.mounted(holding(mounts, n.Backing)) {
-			v.files[b.Name] = append(v.files[b.Name], name)
+		for _, b := range v.filesystem(n.Backing) {
+			put(v.files, b.Name, name)
 		}
 	}
 }
 
-// holding is the mount that the file at path lies on, as far as its name tells;
-// the zero mount if none.
-func holding(mounts []mount, path string) (m mount) {
-	for _, c := range mounts {
-		under := c.point == "/" || path == c.point || strings.HasPrefix(path, c.point+"/")
-		if under && len(c.point) >= len(m.point) { // of mounts on one point the last one covers
-			m = c
+// filesystem gives the nodes of the file system that the file at path lies on,
+// as far as its name tells. Of the namespaces the one with the deepest mount on
+// the way counts: to the others, the file lies below a folder of their own.
+func (v *survey) filesystem(path string) []*node {
+	var best []mount
+	for _, space := range v.spaces {
+		m := holding(space, path)
+		switch {
+		case len(best) == 0 || len(m.point) > len(best[0].point):
+			best = []mount{m}
+		case len(m.point) == len(best[0].point):
+			best = append(best, m)
 		}
 	}
-	return m
-}
-
-// mounted returns the nodes that a mounted file system is on.
-func (v *survey) mounted(m mount) []*node {
-	if m.dev.major != 0 {
-		if n := v.byNum[m.dev]; n != nil {
-			return []*node{n}
-		}
-		return nil
-	}
-	// Without a device number of its own (btrfs) only the source tells.
-	n := v.named(m.source)
-	if n == nil {
-		return nil
-	}
-	nodes := []*node{n}
-	if m.fstype == "btrfs" {
-		// The source is one of the file system's devices; sysfs lists all.
-		found, _ := filepath.Glob(filepath.Join(v.system.sys(), "fs/btrfs/*/devices", strings.ReplaceAll(n.Name, "/", "!")))
-		for _, f := range found {
-			peers, _ := os.ReadDir(filepath.Dir(f))
-			for _, p := range peers {
-				if peer := v.nodes[strings.ReplaceAll(p.Name(), "!", "/")]; peer != nil && peer != n {
-					nodes = append(nodes, peer)
-				}
+	var nodes []*node
+	for _, m := range best {
+		for _, n := range v.mounted(m) {
+			if !slices.Contains(nodes, n) {
+				nodes = append(nodes, n)
 			}
 		}
 	}
 	return nodes
 }
 
-// named finds the node of a path in /dev, through symbolic links such as
+// holding is the mount that the file at path lies on, as far as its name tells;
+// the zero mount if none.
+func holding(mounts []mount, path string) (m mount) {
+	for _, c := range mounts {
+		if isBelow(path, c.point) && len(c.point) >= len(m.point) { // of mounts on one point the last one covers
+			m = c
+		}
+	}
+	return m
+}
+
+// isBelow reports whether path is dir or below it.
+func isBelow(path, dir string) bool {
+	return dir == "/" || path == dir || strings.HasPrefix(path, dir+"/")
+}
+
+// mounted returns the nodes that a mounted file system is on.
+func (v *survey) mounted(m mount) []*node {
+	var nodes []*node
+	add := func(n *node) {
+		if n != nil && !slices.Contains(nodes, n) {
+			nodes = append(nodes, n)
+		}
+	}
+	if m.dev.major != 0 {
+		add(v.byNum[m.dev])
+	} else { // without a device number of its own (btrfs) only the source tells
+		add(v.named(m.source))
+	}
+	switch m.fstype {
+	case "btrfs":
+		// The source is one of the file system's devices; sysfs lists all. A source
+		// that is no more, such as the /dev/root by which the kernel itself
+		// mounted, can be any of those that are mounted.
+		which := "*"
+		if len(nodes) > 0 {
+			which = sysName(nodes[0].Name)
+		}
+		found, _ := filepath.Glob(filepath.Join(v.system.sys(), "fs/btrfs/*/devices", which))
+		for _, f := range found {
+			peers, _ := os.ReadDir(filepath.Dir(f))
+			for _, p := range peers {
+				add(v.nodes[devName(p.Name())])
+			}
+		}
+	case "bcachefs": // the source lists all devices
+		for _, path := range strings.Split(m.source, ":") {
+			add(v.named(path))
+		}
+	case "xfs": // its log or data can be on devices of their own
+		for _, path := range m.paths() {
+			add(v.named(path))
+		}
+	}
+	return nodes
+}
+
+// devName is the name of a device as it is below /dev: sysfs writes the slash of
+// names such as cciss/c0d0 as an exclamation mark.
+func devName(sys string) string { return strings.ReplaceAll(sys, "!", "/") }
+
+func sysName(dev string) string { return strings.ReplaceAll(dev, "/", "!") }
+
+// named finds the node that a path is of, through symbolic links such as
 // /dev/mapper/root; nil if it is none.
 func (v *survey) named(path string) *node {
+	if !filepath.IsAbs(path) {
+		return nil
+	}
 	rel, ok := strings.CutPrefix(path, "/dev/")
 	if !ok {
+		// A node can be made anywhere; it is the number that counts.
+		if num, ok := nodeNumber(path); ok && v.system.Dev == "" {
+			return v.byNum[num]
+		}
 		return nil
 	}
 	real, err := filepath.EvalSymlinks(filepath.Join(v.system.dev(), rel))
@@ -365,7 +474,7 @@ func (v *survey) named(path string) *node {
 	return v.nodes[rel]
 }
 
-func (v *survey) readSwaps(mounts []mount) error {
+func (v *survey) readSwaps() error {
 	text, err := os.ReadFile(filepath.Join(v.system.proc(), "swaps"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // a kernel without swap
@@ -380,7 +489,7 @@ func (v *survey) readSwaps(mounts []mount) error {
 	for _, s := range swaps {
 		var on []*node
 		if s.file {
-			on = v.mounted(holding(mounts, s.path))
+			on = v.filesystem(s.path)
 		} else if n := v.named(s.path); n != nil {
 			on = []*node{n}
 		}
