@@ -51,6 +51,8 @@ func errorName(err error) string {
 		return api.ErrNoSuchDevice
 	case errors.As(err, &space), errors.As(err, &full), errors.As(err, &bootFull), errors.Is(err, syscall.ENOSPC):
 		return api.ErrNoSpace
+	case media.FaultOf(err) == media.FaultGone:
+		return api.ErrNoSuchDevice
 	case errors.As(err, &mismatch):
 		return api.ErrVerification
 	case errors.As(err, &grubMissing), errors.As(err, &qemuMissing), errors.As(err, &toolMissing):

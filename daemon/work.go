@@ -379,7 +379,12 @@ func (s *Server) runWrite(ctx context.Context, j *jobs.Job, recipe imagegen.Reci
 	}
 	result, err := media.Write(ctx, disk, composed.image, tell(j))
 	report.Image.SHA256Written, report.Image.SHA256Read = result.DigestWritten, result.DigestRead
+	report.Image.Written, report.Image.Unchanged, report.Image.Rewritten = result.Written+result.Zeroed+result.Head, result.Skipped, result.Rewritten
+	if result.Rewritten > 0 {
+		report.Warnings = append(report.Warnings, fmt.Sprintf("%d bytes came back wrong and were written once more: the disk is not to be trusted", result.Rewritten))
+	}
 	if err != nil {
+		report.Image.Fault = string(media.FaultOf(err))
 		return report, err
 	}
 	if result.DigestWritten != report.Image.SHA256Planned || result.DigestRead != report.Image.SHA256Planned {

@@ -4,20 +4,30 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
 
 // FileDisk is a Disk in a regular file that somebody else opened, as a client
-// of the daemon does. It stays the caller's to close.
+// of the daemon does. It stays the caller's to close. Where the file system can,
+// reads and writes go past the page cache.
 type FileDisk struct {
-	f     *os.File
-	size  int64
-	dirty int64 // bytes written since the last sync
+	f      *os.File
+	direct *os.File // the same file, opened for direct I/O; nil: not to be had
+	size   int64
+	dirty  atomic.Int64 // bytes written to the page cache since the last sync
+	used   atomic.Bool  // something was written
 }
 
-// dirtyLimit bounds what WriteAt leaves to the page cache.
-const dirtyLimit = 16 << 20
+const (
+	// dirtyLimit bounds what WriteAt leaves to the page cache.
+	dirtyLimit = 16 << 20
+
+	// directUnit is what offsets, lengths and addresses of direct I/O are
+	// multiples of on every file system of today.
+	directUnit = 4096
+)
 
 // ErrUnfitFile says that a file can't be the target of a write, whatever its
 // content; the error around it says why.
@@ -67,11 +77,43 @@ func NewFileDisk(f *os.File, im *Image) (*FileDisk, error) {
 	if err := f.Truncate(im.Size); err != nil {
 		return nil, fmt.Errorf("make the target file %d MiB long: %w", im.Size>>20, err)
 	}
-	return &FileDisk{f: f, size: im.Size}, nil
+	d := &FileDisk{f: f, size: im.Size}
+	// A second opening, since the flag would change the caller's too. It is closed
+	// when d is collected.
+	if direct, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_RDWR|unix.O_DIRECT, 0); err == nil {
+		d.direct = direct
+	}
+	return d, nil
+}
+
+// Blank tells whether there are nothing but holes: nothing was written yet.
+func (d *FileDisk) Blank() bool { return !d.used.Load() }
+
+// straight is how many of the first bytes of p can go past the page cache.
+func (d *FileDisk) straight(p []byte, off int64) int {
+	if d.direct == nil || off%directUnit != 0 || address(p)%directUnit != 0 {
+		return 0
+	}
+	return len(p) / directUnit * directUnit
 }
 
 // ReadAt reads from the file; after Sync, from the device below it.
-func (d *FileDisk) ReadAt(p []byte, off int64) (int, error) { return d.f.ReadAt(p, off) }
+func (d *FileDisk) ReadAt(p []byte, off int64) (int, error) {
+	n := d.straight(p, off)
+	if n > 0 {
+		got, err := d.direct.ReadAt(p[:n], off)
+		if errors.Is(err, unix.EINVAL) {
+			n = 0 // direct I/O is not for this file system after all
+		} else if err != nil {
+			return got, err
+		}
+	}
+	if n == len(p) {
+		return n, nil
+	}
+	got, err := d.f.ReadAt(p[n:], off+int64(n))
+	return n + got, err
+}
 
 // WriteAt writes, and makes durable what gathered in the page cache once that
 // is 16 MiB. It refuses to make the file longer.
@@ -79,12 +121,24 @@ func (d *FileDisk) WriteAt(p []byte, off int64) (int, error) {
 	if off < 0 || int64(len(p)) > d.size-off {
 		return 0, fmt.Errorf("write %d bytes at %d: %w", len(p), off, unix.ENOSPC)
 	}
-	n, err := d.f.WriteAt(p, off)
-	d.dirty += int64(n)
-	if err == nil && d.dirty >= dirtyLimit {
+	d.used.Store(true)
+	n := d.straight(p, off)
+	if n > 0 {
+		put, err := d.direct.WriteAt(p[:n], off)
+		if errors.Is(err, unix.EINVAL) {
+			n = 0 // direct I/O is not for this file system after all
+		} else if err != nil {
+			return put, err
+		}
+	}
+	if n == len(p) {
+		return n, nil
+	}
+	put, err := d.f.WriteAt(p[n:], off+int64(n))
+	if d.dirty.Add(int64(put)) >= dirtyLimit && err == nil {
 		err = d.datasync()
 	}
-	return n, err
+	return n + put, err
 }
 
 // Sync makes the file durable and drops it from the page cache.
@@ -96,7 +150,7 @@ func (d *FileDisk) Sync() error {
 }
 
 func (d *FileDisk) datasync() error {
-	d.dirty = 0
+	d.dirty.Store(0)
 	return d.control(unix.Fdatasync)
 }
 

@@ -7,54 +7,39 @@ import (
 	"fmt"
 	"hash"
 	"hash/maphash"
-	"io"
+	"time"
 	"unsafe"
 )
 
-// Disk is what an Image is written to: a block device or a file.
-//
-// WriteAt is called with whole sectors at rising offsets; when it returns, all
-// but the last few MiB written must be on the device, so that progress is
-// honest. After Sync everything is, and ReadAt then reads from the device and
-// not from memory.
-type Disk interface {
-	io.ReaderAt
-	io.WriterAt
-	Sync() error
-}
-
-// geometry is a Disk that knows its own size and sector size in bytes, as a
-// block device does.
-type geometry interface {
-	Size() int64
-	SectorSize() int
-}
-
 // Progress is told how far a phase is, in bytes. It is called from one
-// goroutine at a time.
+// goroutine at a time. The total grows when bytes have to be read once more.
 type Progress func(phase string, done, total int64)
 
-// The phases that Write reports, one after the other. The first MiB, which is
-// written after the rest was read back, counts in PhaseReadBack only.
+// The phases that Write reports, one after the other. PhaseWrite counts bytes
+// that are durable on the disk, PhaseReadBack bytes that came back from it
+// right. The first MiB, which is written after the rest was read back, counts
+// in PhaseReadBack only.
 const (
 	PhaseWrite    = "write"
 	PhaseReadBack = "read back"
 )
 
-// Result is what a write proved.
+// Result is what a write did and proved. After an error it tells of what was
+// done until then.
 type Result struct {
-	Bytes         int64  // written, and the same number read back
+	Bytes         int64  // of the image's data, on the disk and read back
 	DigestWritten string // Image.Digest of the bytes handed to the disk
 	DigestRead    string // Image.Digest of the bytes the disk gave back
-}
 
-// MismatchError says that the disk gave back other bytes than were written.
-type MismatchError struct {
-	Offset int64 // of the first byte that differs, in bytes from the disk's start
-}
+	// Where the Bytes behind the head come from: their sum. Head is what was
+	// written of the image's first MiB, which is always written anew.
+	Written int64 // bytes written
+	Zeroed  int64 // bytes that the disk was told to zero
+	Skipped int64 // bytes that were there already, or zeros on a blank disk
+	Head    int64
 
-func (e *MismatchError) Error() string {
-	return fmt.Sprintf("the disk gave back other bytes than were written, first at byte %d: it is faulty or smaller than it says, use another one", e.Offset)
+	Compared  int64 // bytes read to find out whether they must be written
+	Rewritten int64 // bytes that had to be written a second time: the disk is not to be relied on
 }
 
 // NoSpaceError says that something is too small for what is to go into it.
@@ -75,10 +60,18 @@ const (
 	headSize = 1 << 20
 
 	// Each chunk ends at a multiple of chunkSize on the disk, so that a flash
-	// translation layer gets whole erase blocks; with three of them the source
-	// is read and hashed while the disk is busy.
-	chunkSize = 2 << 20
-	chunks    = 3
+	// translation layer gets whole erase blocks or even parts of them.
+	chunkSize = 1 << 20
+
+	// More than mostRepaired bytes that came back wrong are not written a second
+	// time: such a disk is no good.
+	mostRepaired = 32 << 20
+
+	// mostVoidBits that are set in a zeroed head are flips; more are other data.
+	mostVoidBits = 256
+
+	// voidTime is how long a failed write tries to erase the head.
+	voidTime = 10 * time.Second
 )
 
 // Write puts im on d, reads it back and compares.
@@ -89,9 +82,17 @@ const (
 // last write. If anything fails, ctx's end included, the first MiB is zeroed
 // again, so that no half-written disk boots.
 //
+// What the disk holds already is not written again, zeros are made by the disk
+// where it can, and several writes are in flight. What failed or came back wrong
+// is written once more. Memory in use does not grow with the image but for 8
+// bytes a MiB.
+//
 // Errors name the extent and its place. A *MismatchError is in the chain if
-// the disk gave back other bytes, a *NoSpaceError if im does not fit; then
-// nothing was written.
+// the disk gave back other bytes, a *DeviceError if it failed, a *NoSpaceError if
+// im does not fit; then nothing was written. When ctx ends, Write returns
+// within seconds, also if the kernel does not give a call back: that call is then
+// left alone, FaultStalled is in the chain, and since the head was void before and
+// such a call writes no other place than it was made for, the disk does not boot.
 func Write(ctx context.Context, d Disk, im *Image, progress Progress) (Result, error) {
 	if err := im.Validate(); err != nil {
 		return Result{}, err
@@ -104,36 +105,42 @@ func Write(ctx context.Context, d Disk, im *Image, progress Progress) (Result, e
 			return Result{}, &NoSpaceError{Where: "the disk", Need: im.Size, Have: g.Size()}
 		}
 	}
-	w := &writer{d: d, im: im, progress: progress, seed: maphash.MakeSeed()}
+	w := newWriter(d, im, progress)
 	if err := w.readHead(ctx); err != nil {
 		return Result{}, fmt.Errorf("write: %w", err)
 	}
 	if err := ctx.Err(); err != nil {
 		return Result{}, fmt.Errorf("write: nothing was written: %w", err)
 	}
-	res, err := w.run(ctx)
+	err := w.run(ctx)
 	if err != nil {
-		if voidErr := w.void(); voidErr != nil {
-			err = fmt.Errorf("%w (and the disk's first MiB could not be erased: %w; it may hold a part of a system, do not boot it)", err, voidErr)
-		}
-		return res, err
+		err = w.fail(ctx, err)
 	}
-	return res, nil
+	return w.res, err
 }
 
 // writer is one run of Write.
 type writer struct {
-	d        Disk
+	dev      device
 	im       *Image
 	progress Progress
+	res      Result
 
+	blank bool   // the disk reads as zeros
 	head  []byte // the image's first MiB, zeros between extents
 	spans []span // the parts of head that extents cover
+	state headState
 
-	// sums holds a seeded 64-bit hash of each chunk behind the head: enough
-	// to find a chunk that came back different, at 8 bytes for 2 MiB.
+	rest        int64 // bytes of data behind the head
+	done, total int64 // bytes of PhaseReadBack
+
+	// sums holds a seeded 64-bit hash of each chunk: enough to find a chunk that
+	// came back different, at 8 bytes for 1 MiB.
 	seed maphash.Seed
 	sums []uint64
+
+	buffers chan []byte // of chunkSize; as many as there are, is what memory a pass takes
+	scratch chan []byte // of compareStep, for what the disk held before
 }
 
 type span struct {
@@ -141,9 +148,43 @@ type span struct {
 	from, to int64
 }
 
+// headState is what is known of the first MiB on the disk.
+type headState int
+
+const (
+	headOld     headState = iota // what was there before
+	headUnknown                  // something of it was written
+	headVoid                     // durable zeros
+)
+
+func newWriter(d Disk, im *Image, progress Progress) *writer {
+	w := &writer{dev: device{d}, im: im, progress: progress, seed: maphash.MakeSeed()}
+	if w.progress == nil {
+		w.progress = func(string, int64, int64) {}
+	}
+	if b, ok := d.(blank); ok {
+		w.blank = b.Blank()
+	}
+	w.head = alignedBuffer(int(min(headSize, im.Size)))
+	pieces := 0
+	for c := range w.pieces() {
+		w.rest += int64(c.length)
+		pieces++
+	}
+	w.sums = make([]uint64, pieces)
+	w.buffers = make(chan []byte, mostBuffers)
+	for range min(mostBuffers, pieces) {
+		w.buffers <- alignedBuffer(chunkSize)
+	}
+	w.scratch = make(chan []byte, mostInFlight)
+	for range min(mostInFlight, pieces) {
+		w.scratch <- alignedBuffer(compareStep)
+	}
+	return w
+}
+
 // readHead loads what of the image lies in the first MiB.
 func (w *writer) readHead(ctx context.Context) error {
-	w.head = alignedBuffer(int(min(headSize, w.im.Size)))
 	for i, e := range w.im.Extents {
 		if e.Offset >= int64(len(w.head)) {
 			break
@@ -160,168 +201,233 @@ func (w *writer) readHead(ctx context.Context) error {
 	return nil
 }
 
-func (w *writer) run(ctx context.Context) (Result, error) {
-	var res Result
-	all := w.im.DataBytes()
-	rest := all
-	for _, s := range w.spans {
-		rest -= s.to - s.from
+func (w *writer) run(ctx context.Context) error {
+	if err := w.void(ctx); err != nil {
+		return fmt.Errorf("write: erase the disk's first MiB: %w", err)
 	}
-	report := func(phase string, done, total int64) {
-		if w.progress != nil {
-			w.progress(phase, done, total)
-		}
-	}
-
-	if err := w.void(); err != nil {
-		return res, fmt.Errorf("write: erase the disk's first MiB: %w", err)
-	}
-
 	// The image's digest runs over the extents in their order, so the head,
 	// which is written last, is hashed first.
 	written := w.headDigest()
-	report(PhaseWrite, 0, rest)
-	err := stream(ctx, w.im.Extents, int64(len(w.head)),
-		func(c chunk) error {
-			e := w.im.Extents[c.extent]
-			if err := e.read(c.data, c.offset-e.Offset); err != nil {
-				return err
-			}
-			written.Write(c.data)
-			w.sums = append(w.sums, maphash.Bytes(w.seed, c.data))
-			return nil
-		},
-		func(c chunk) error {
-			if err := writeFull(w.d, c.data, c.offset); err != nil {
-				return err
-			}
-			res.Bytes += int64(len(c.data))
-			report(PhaseWrite, res.Bytes, rest)
-			return nil
-		})
-	if err != nil {
-		return res, fmt.Errorf("write: %w", err)
+	if err := w.writeRest(ctx, written); err != nil {
+		return fmt.Errorf("write: %w", err)
 	}
-	if err := w.d.Sync(); err != nil {
-		return res, fmt.Errorf("write: flush the disk: %w", err)
-	}
-	res.DigestWritten = sum(written)
+	w.res.DigestWritten = sum(written)
 
-	// A disk that wraps at its real capacity would have put data from behind
-	// into the first MiB, which the head would then cover up.
-	if err := w.checkVoid(); err != nil {
-		return res, fmt.Errorf("read back: %w", err)
-	}
-
-	// The head is hashed from memory here; it is compared byte for byte when it
-	// is read back below, or no digest is returned at all.
-	read := w.headDigest()
-	var done int64
-	report(PhaseReadBack, 0, all)
-	err = stream(ctx, w.im.Extents, int64(len(w.head)),
-		func(c chunk) error { return readDisk(w.d, c.data, c.offset) },
-		func(c chunk) error {
-			if maphash.Bytes(w.seed, c.data) != w.sums[c.number] {
-				return w.mismatch(c)
-			}
-			read.Write(c.data)
-			done += int64(len(c.data))
-			report(PhaseReadBack, done, all)
-			return nil
-		})
+	read, err := w.proveRest(ctx)
 	if err != nil {
-		return res, fmt.Errorf("read back: %w", err)
+		return fmt.Errorf("read back: %w", err)
 	}
 
 	// From here on the disk becomes bootable: nothing may interrupt it but an
-	// error.
+	// error, or a disk that does not answer when ctx ends.
 	if err := ctx.Err(); err != nil {
-		return res, fmt.Errorf("write: %w", err)
+		return fmt.Errorf("write: %w", err)
 	}
-	n, err := w.writeHead()
-	res.Bytes += n
-	if err != nil {
-		return res, fmt.Errorf("write: %w", err)
+	late, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(patience, stop) })()
+	if err := w.commit(late); err != nil {
+		return err
 	}
-	if err := w.compareHead(); err != nil {
-		return res, fmt.Errorf("read back: %w", err)
+	w.res.Bytes = w.im.DataBytes()
+	w.res.DigestRead = read
+	return nil
+}
+
+// proveRest reads back what is behind the head, and returns the digest of what
+// came. What came wrong is written again, once, and then all is read once more: only
+// what is read after the last write proves anything on a disk where places
+// coincide.
+func (w *writer) proveRest(ctx context.Context) (digest string, err error) {
+	head := w.im.DataBytes() - w.rest
+	for try := 0; ; try++ {
+		w.total = w.done + w.rest + head
+		w.progress(PhaseReadBack, w.done, w.total)
+		// A disk that wraps at its real capacity would have put data from behind
+		// into the first MiB, which the head would then cover up.
+		bits, err := w.voidBits(ctx)
+		if err != nil {
+			return "", err
+		}
+		var bad []piece
+		if bits > 0 {
+			w.state = headUnknown
+			bad = append(bad, piece{number: -1, length: len(w.head), err: errDiffers})
+		}
+		if bits > mostVoidBits {
+			// To write it again would cover up what came there, and how.
+			return "", w.diagnose(ctx, bad, make([]byte, len(w.head)))
+		}
+		read := w.headDigest()
+		wrong, err := w.readRest(ctx, read)
+		if err != nil {
+			return "", err
+		}
+		if bad = append(bad, wrong...); len(bad) == 0 {
+			return sum(read), nil
+		}
+		if try > 0 || length(bad) > mostRepaired || len(bad) >= mostUnreadable && FaultOf(bad[len(bad)-1].err) == FaultRead {
+			return "", w.diagnose(ctx, bad, make([]byte, len(w.head)))
+		}
+		if err := w.repair(ctx, bad); err != nil {
+			return "", err
+		}
 	}
-	report(PhaseReadBack, all, all)
-	res.DigestRead = sum(read)
-	return res, nil
+}
+
+// repair writes the pieces again, one by one.
+func (w *writer) repair(ctx context.Context, bad []piece) error {
+	p := alignedBuffer(chunkSize)
+	for _, c := range bad {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		w.res.Rewritten += int64(c.length)
+		if c.number < 0 {
+			if err := w.void(ctx); err != nil {
+				return fmt.Errorf("erase the disk's first MiB: %w", err)
+			}
+			continue
+		}
+		if err := w.dev.do(ctx, func() error { return w.source(c, p) }); err != nil {
+			return err
+		}
+		if maphash.Bytes(w.seed, p[:c.length]) != w.sums[c.number] {
+			return at(c.extent, c.offset, errors.New("the image's source has changed since it was written: make the image anew"))
+		}
+		if err := w.dev.do(ctx, func() error { return w.dev.write(p[:c.length], c.offset) }); err != nil {
+			return at(c.extent, c.offset, err)
+		}
+	}
+	return w.dev.do(ctx, w.dev.flush)
+}
+
+// commit writes the head and compares it, at most twice.
+func (w *writer) commit(ctx context.Context) error {
+	for try := 0; ; try++ {
+		n, err := w.writeHead(ctx)
+		w.res.Head += n
+		if err != nil {
+			return fmt.Errorf("write: %w", err)
+		}
+		bad, err := w.compareHead(ctx)
+		if err != nil {
+			return fmt.Errorf("read back: %w", err)
+		}
+		if len(bad) == 0 {
+			w.progress(PhaseReadBack, w.total, w.total)
+			return nil
+		}
+		if try > 0 {
+			return fmt.Errorf("read back: %w", w.diagnose(ctx, bad, w.head))
+		}
+		w.res.Rewritten += length(bad)
+		if err := w.void(ctx); err != nil {
+			return fmt.Errorf("write: erase the disk's first MiB: %w", err)
+		}
+	}
+}
+
+// fail makes the disk unbootable after err, where that may be needed and can
+// be done.
+func (w *writer) fail(ctx context.Context, err error) error {
+	why := err
+	switch FaultOf(err) {
+	case FaultGone, FaultStalled:
+		if w.state == headOld {
+			return err
+		}
+	default:
+		ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), voidTime)
+		defer stop()
+		if why = w.void(ctx); why == nil || w.state != headUnknown {
+			return err
+		}
+	}
+	if w.state == headVoid {
+		return err
+	}
+	return fmt.Errorf("%w (and the disk's first MiB could not be erased: %w; it may hold a part of a system, do not boot it)", err, why)
 }
 
 // void zeroes the head on the disk, durably.
-func (w *writer) void() error {
+func (w *writer) void(ctx context.Context) error {
 	zeros := alignedBuffer(len(w.head))
-	if err := writeFull(w.d, zeros, 0); err != nil {
+	before := w.state
+	w.state = headUnknown
+	err := w.dev.do(ctx, func() error { return w.dev.write(zeros, 0) })
+	if err == nil {
+		err = w.dev.do(ctx, w.dev.flush)
+	} else if FaultOf(err) == FaultWrite {
 		// The whole did not go: the first sector alone keeps the disk from booting.
-		if writeFull(w.d, zeros[:w.im.SectorSize], 0) == nil {
-			_ = w.d.Sync() // the first error is what the caller has to hear
+		// The first error is what the caller has to hear.
+		if w.dev.do(ctx, func() error { return w.dev.write(zeros[:w.im.SectorSize], 0) }) == nil {
+			_ = w.dev.do(ctx, w.dev.flush)
 		}
-		return err
 	}
-	return w.d.Sync()
+	switch {
+	case err == nil:
+		w.state = headVoid
+	case FaultOf(err) == FaultReadOnly, before == headVoid:
+		w.state = before // nothing arrived, or zeros over zeros
+	}
+	return err
 }
 
-func (w *writer) checkVoid() error {
+// voidBits counts the bits of the head that do not read as zeros.
+func (w *writer) voidBits(ctx context.Context) (int64, error) {
 	got := alignedBuffer(len(w.head))
-	if err := readDisk(w.d, got, 0); err != nil {
-		return fmt.Errorf("the disk's first MiB: %w", err)
+	if err := w.dev.do(ctx, func() error { return w.dev.read(got, 0) }); err != nil {
+		return 0, fmt.Errorf("the disk's first MiB: %w", err)
 	}
-	for i, b := range got {
-		if b != 0 {
-			return &MismatchError{Offset: int64(i)}
-		}
-	}
-	return nil
+	bits, _ := differingBits(got, nil)
+	return bits, nil
 }
 
 // writeHead writes the extents in the head, the first sector after all others,
 // and returns the number of bytes.
-func (w *writer) writeHead() (n int64, err error) {
+func (w *writer) writeHead(ctx context.Context) (n int64, err error) {
 	sector := int64(w.im.SectorSize)
-	put := func(extent int, from, to int64) error {
+	put := func(s span, from, to int64) error {
 		if from >= to {
 			return nil
 		}
-		if err := writeFull(w.d, w.head[from:to], from); err != nil {
-			return at(extent, from, err)
+		w.state = headUnknown
+		if err := w.dev.do(ctx, func() error { return w.dev.write(w.head[from:to], from) }); err != nil {
+			return at(s.extent, from, err)
 		}
 		n += to - from
 		return nil
 	}
 	for _, s := range w.spans {
-		if err := put(s.extent, max(s.from, sector), s.to); err != nil {
+		if err := put(s, max(s.from, sector), s.to); err != nil {
 			return n, err
 		}
 	}
-	if err := w.d.Sync(); err != nil {
-		return n, fmt.Errorf("flush the disk: %w", err)
+	if err := w.dev.do(ctx, w.dev.flush); err != nil {
+		return n, err
 	}
 	for _, s := range w.spans {
-		if err := put(s.extent, s.from, min(s.to, sector)); err != nil {
+		if err := put(s, s.from, min(s.to, sector)); err != nil {
 			return n, err
 		}
 	}
-	if err := w.d.Sync(); err != nil {
-		return n, fmt.Errorf("flush the disk: %w", err)
-	}
-	return n, nil
+	return n, w.dev.do(ctx, w.dev.flush)
 }
 
-func (w *writer) compareHead() error {
+// compareHead returns what of the head came back wrong.
+func (w *writer) compareHead(ctx context.Context) (bad []piece, err error) {
 	got := alignedBuffer(len(w.head))
 	for _, s := range w.spans {
 		p := got[s.from:s.to]
-		if err := readDisk(w.d, p, s.from); err != nil {
-			return at(s.extent, s.from, err)
+		if err := w.dev.do(ctx, func() error { return w.dev.read(p, s.from) }); err != nil {
+			return nil, at(s.extent, s.from, err)
 		}
-		if i := firstDifference(p, w.head[s.from:s.to]); i >= 0 {
-			return at(s.extent, s.from, &MismatchError{Offset: s.from + int64(i)})
+		if !bytes.Equal(p, w.head[s.from:s.to]) {
+			bad = append(bad, piece{number: -1, extent: s.extent, offset: s.from, length: len(p)})
 		}
 	}
-	return nil
+	return bad, nil
 }
 
 func (w *writer) headDigest() hash.Hash {
@@ -330,87 +436,6 @@ func (w *writer) headDigest() hash.Hash {
 		h.Write(w.head[s.from:s.to])
 	}
 	return h
-}
-
-// mismatch finds the first wrong byte of a chunk whose hash is wrong.
-func (w *writer) mismatch(c chunk) error {
-	e := w.im.Extents[c.extent]
-	want := make([]byte, len(c.data))
-	offset := c.offset
-	if e.read(want, c.offset-e.Offset) == nil {
-		if i := firstDifference(c.data, want); i >= 0 {
-			offset += int64(i)
-		}
-	}
-	return &MismatchError{Offset: offset}
-}
-
-// chunk is a piece of an extent on its way.
-type chunk struct {
-	number int // counted from 0 over all chunks of a stream
-	extent int
-	offset int64 // on the disk, in bytes
-	data   []byte
-}
-
-// stream cuts what of extents lies at or behind from into chunks and takes
-// each through fill and then use, in order. fill of a later chunk runs while
-// use of an earlier one does. It returns the first error, with the place, after
-// both have ended.
-func stream(ctx context.Context, extents []Extent, from int64, fill, use func(chunk) error) error {
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
-	free := make(chan []byte, chunks)
-	for range chunks {
-		free <- alignedBuffer(chunkSize)
-	}
-	filled := make(chan chunk)
-	var fillErr error // read after filled is closed
-	go func() {
-		defer close(filled)
-		number := 0
-		for i, e := range extents {
-			for off := max(e.Offset, from); off < e.End(); {
-				var buf []byte
-				select {
-				case buf = <-free:
-				case <-ctx.Done():
-				}
-				// With both ready, select may have taken the buffer.
-				if err := ctx.Err(); err != nil {
-					fillErr = at(i, off, err)
-					return
-				}
-				end := min(e.End(), (off/chunkSize+1)*chunkSize)
-				c := chunk{number, i, off, buf[:end-off]}
-				if err := fill(c); err != nil {
-					fillErr = at(i, off, err)
-					return
-				}
-				filled <- c
-				off = end
-				number++
-			}
-		}
-	}()
-	var useErr error
-	for c := range filled {
-		if useErr == nil && ctx.Err() == nil {
-			if err := use(c); err != nil {
-				useErr = at(c.extent, c.offset, err)
-				stop()
-			}
-		}
-		free <- c.data[:chunkSize]
-	}
-	if useErr != nil {
-		return useErr
-	}
-	if fillErr == nil && ctx.Err() != nil {
-		// The last chunk was filled when ctx ended and was not used.
-		return ctx.Err()
-	}
-	return fillErr
 }
 
 // at says where an error was met.
@@ -422,45 +447,13 @@ func at(extent int, offset int64, err error) error {
 	return fmt.Errorf("extent %d at %s: %w", extent, where, err)
 }
 
-// readDisk fills p from the disk.
-func readDisk(r io.ReaderAt, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || errors.Is(err, io.EOF) {
-		return fmt.Errorf("the disk ends here: %w", io.ErrUnexpectedEOF)
-	}
-	return err
-}
-
-func writeFull(w io.WriterAt, p []byte, off int64) error {
-	n, err := w.WriteAt(p, off)
-	if err == nil && n < len(p) {
-		err = io.ErrShortWrite
-	}
-	return err
-}
-
-// firstDifference is the index of the first byte in which a and b, of the same
-// length, differ, or -1.
-func firstDifference(a, b []byte) int {
-	if bytes.Equal(a, b) {
-		return -1
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return i
-		}
-	}
-	return -1
-}
-
 // alignedBuffer returns n zeros at an address that direct I/O takes for every
 // sector size up to 4096.
 func alignedBuffer(n int) []byte {
 	const align = 4096
 	b := make([]byte, n+align)
-	skip := int(-uintptr(unsafe.Pointer(unsafe.SliceData(b))) & (align - 1)) //nolint:gosec // only the address is looked at
+	skip := int(-address(b) & (align - 1))
 	return b[skip : skip+n : skip+n]
 }
+
+func address(p []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(p))) } //nolint:gosec // only looked at

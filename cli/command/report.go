@@ -60,6 +60,9 @@ func printReport(w io.Writer, r *api.Report, output string) {
 		if im.SHA256Written != "" {
 			row("", "sha256 %s", im.SHA256Written)
 		}
+		if im.Unchanged > 0 {
+			row("", "%s were so already, %s were written", size(im.Unchanged), size(im.Written))
+		}
 		switch im.SHA256Read {
 		case "":
 		case im.SHA256Planned:

@@ -45,10 +45,14 @@ type Image struct {
 	Size          int64    `json:"size"`
 	Bytes         int64    `json:"bytes"` // in all extents
 	Extents       []Extent `json:"extents"`
-	VolumeID      string   `json:"volume_id"`      // of the EFI System Partition, XXXX-XXXX
-	SHA256Planned string   `json:"sha256_planned"` // the image's digest before a byte was written
-	SHA256Written string   `json:"sha256_written"` // of what was written
-	SHA256Read    string   `json:"sha256_read"`    // of what was read back
+	VolumeID      string   `json:"volume_id"`       // of the EFI System Partition, XXXX-XXXX
+	SHA256Planned string   `json:"sha256_planned"`  // the image's digest before a byte was written
+	SHA256Written string   `json:"sha256_written"`  // of what was written
+	SHA256Read    string   `json:"sha256_read"`     // of what was read back
+	Written       int64    `json:"written"`         // bytes that went to the disk
+	Unchanged     int64    `json:"unchanged"`       // bytes that it had already
+	Rewritten     int64    `json:"rewritten"`       // bytes that came back wrong and were written again
+	Fault         string   `json:"fault,omitempty"` // what is wrong with the disk: flipped, dropped, wraps, unstable, read-error, write-error, unplugged, read-only, short, stalled
 }
 
 // Extent is a run of bytes on a disk.

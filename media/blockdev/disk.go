@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -113,9 +114,9 @@ type Disk struct {
 	lock   *os.File // holds udev's lock; not f, so that it is held while others' mounts still keep f from being opened
 	f      *os.File
 
-	mu      sync.Mutex // guards bounce and written
+	mu      sync.Mutex // guards bounce
 	bounce  []byte     // for memory that the device can't take directly
-	written bool
+	written atomic.Bool
 }
 
 // Terms is what a person, or the work to be done, lays down beyond the disk
@@ -506,12 +507,12 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 	if int64(len(p)) > d.Size()-off {
 		return 0, fmt.Errorf("write %d bytes at %d, the disk ends at %d: %w", len(p), off, d.Size(), unix.ENOSPC)
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.written = true
+	d.written.Store(true)
 	if d.direct(p, off) {
 		return d.f.WriteAt(p, off)
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	n := 0
 	for n < len(p) {
 		m, err := d.f.WriteAt(d.bounce[:copy(d.bounce, p[n:])], off+int64(n))
@@ -526,11 +527,24 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 // Sync flushes the device's own cache.
 func (d *Disk) Sync() error { return d.f.Sync() }
 
+// Present is nil while the disk is plugged in, else an error that is
+// [unix.ENODEV]. It does not wait for the disk.
+func (d *Disk) Present() error {
+	size, err := ioctl64(d.f, unix.BLKGETSIZE64)
+	if err == nil && size > 0 {
+		_, err = os.Stat(fmt.Sprintf("/sys/dev/block/%d:%d", d.device.Major, d.device.Minor))
+	}
+	if err != nil || size == 0 {
+		return fmt.Errorf("%s is gone: %w", d.device.Name, unix.ENODEV)
+	}
+	return nil
+}
+
 // Close lets the kernel read the new partition table, if anything was written,
 // and gives the disk free. An error does not take back what was synced.
 func (d *Disk) Close() error {
 	var err error
-	if d.written {
+	if d.written.Load() {
 		err = d.rereadTable()
 	}
 	return errors.Join(err, d.release())

@@ -28,9 +28,7 @@ func (d *Disk) ZeroRange(off, n int64) (done bool, err error) {
 	if n == 0 {
 		return true, nil
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.written = true
+	d.written.Store(true)
 	for {
 		err := unix.Fallocate(int(d.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
 		switch {

@@ -68,11 +68,11 @@ type Spec struct {
 // becomes a random one.
 type GUIDs struct{ Disk, BIOSBoot, ESP string }
 
-// Image lays the stick out. The first MiB, the file system's metadata and what
-// is behind the last partition's end in the last MiB are in it in full, so that
-// neither an old partition table nor the superblock of an old RAID member
-// survives there. Not wiped, as they are not in the image: free clusters of
-// the file system, and the free space between it and the last MiB.
+// Image lays the stick out. The first MiB and the file system's metadata are in
+// it in full, and zeros wherever else on the disk and in the partition an old
+// signature could be found (media.Image.EraseSignatures), so that no old partition
+// table, RAID member or file system is seen there. Not wiped, as they are not in the image: the
+// rest of the file system's free clusters and of the space behind it.
 //
 // The error is a *media.NoSpaceError if Size is too small. Sticks with
 // 4096-byte sectors can't be booted by a PC BIOS: BootSector and Core must be
@@ -125,6 +125,8 @@ func (s Spec) Image() (*media.Image, error) {
 		im.Extents = append(im.Extents, e)
 	}
 	im.Extents = append(im.Extents, media.Extent{Offset: size - int64(len(tail)), Length: int64(len(tail)), Content: bytes.NewReader(tail)})
+	im.EraseSignatures(0, size)
+	im.EraseSignatures(espOffset, esp)
 	return im, im.Validate()
 }
 
