@@ -154,6 +154,7 @@ func init() { // not a literal: Introspect reads the table that it stands in
 		{api.ManagerInterface, "Build", onManager, "a{sv}", actionBuild, (*Server).build},
 		{api.ManagerInterface, "Plan", onManager, "oa{sv}", actionRead, (*Server).plan},
 		{api.ManagerInterface, "Write", onManager, "osa{sv}", actionWrite, (*Server).write},
+		{api.ManagerInterface, "CheckCapacity", onManager, "osa{sv}", actionWrite, (*Server).checkCapacity},
 		{api.ManagerInterface, "WriteFile", onManager, "ha{sv}", actionBuild, (*Server).writeFile},
 		{api.ManagerInterface, "Verify", onManager, "oa{sv}", actionVerify, (*Server).verify},
 		{api.ManagerInterface, "VerifyFile", onManager, "ha{sv}", actionVerify, (*Server).verifyFile},

@@ -71,6 +71,14 @@ func printReport(w io.Writer, r *api.Report, output string) {
 			row("read back", "DIFFERENT: sha256 %s", im.SHA256Read)
 		}
 	}
+	if c := r.Capacity; c != nil {
+		switch c.Fault {
+		case "":
+			row("capacity", "%s, as it says (%d places hold what they are given); its content is as it was", size(c.Real), c.Places)
+		default:
+			row("capacity", "%s, and it says %s: %s from byte %d on", size(c.Real), size(c.Claimed), c.Fault, c.At)
+		}
+	}
 	if r.Entry != nil {
 		rowsOfEntry(r.Kind, r.Entry, row)
 	}

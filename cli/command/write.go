@@ -27,14 +27,15 @@ import (
 
 type writeFlags struct {
 	systemFlags
-	yes, force, noBootTest bool
-	size                   string
+	yes, force, noBootTest, checkCapacity bool
+	size                                  string
 }
 
 func writeExamples(name string) string {
 	return fmt.Sprintf(`  sudo %[1]s /dev/sdb                               asks before it erases the stick
   sudo %[1]s --yes stick.img                        a disk image
   sudo %[1]s --yes --size 1GiB stick.img            a larger one
+  sudo %[1]s --check-capacity /dev/sdb              whether it holds what it says
   sudo %[1]s --kernel debian:linux-image-amd64 /dev/sdb`, name)
 }
 
@@ -70,6 +71,7 @@ be taken out.`,
 	f.BoolVarP(&w.yes, "yes", "y", false, "do not ask before a disk is erased")
 	f.BoolVar(&w.force, "force", false, "replace a FILE that exists")
 	f.BoolVar(&w.noBootTest, "no-boot-test", false, "do not boot the result in a virtual machine")
+	f.BoolVar(&w.checkCapacity, "check-capacity", false, "only find out, in seconds, whether a DEVICE holds what it says; its content stays")
 	f.StringVar(&w.size, "size", "", "of a FILE, such as 512MiB (default: the least that fits)")
 	return c
 }
@@ -81,6 +83,12 @@ func (g *global) write(ctx context.Context, w *writeFlags, target string) error 
 	}
 	if t.device != "" && (w.force || w.size != "") {
 		return usagef("--force and --size are for a file; %s is a device", target)
+	}
+	if w.checkCapacity {
+		if t.device == "" {
+			return usagef("--check-capacity is for a device; %s is a file", target)
+		}
+		return g.checkCapacity(ctx, t.device)
 	}
 	o, err := w.open(ctx, g, os.Stdout)
 	if err != nil {
@@ -154,6 +162,20 @@ func (g *global) writeDevice(ctx context.Context, w *writeFlags, name string, o 
 			return "", err
 		}
 		return c.Start(context.WithoutCancel(ctx), "Write", api.DevicePath(name), plan.Token, o.options)
+	}, nil)
+}
+
+// checkCapacity asks nothing: the content stays.
+func (g *global) checkCapacity(ctx context.Context, name string) error {
+	return g.job(ctx, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
+		plan, err := c.Plan(ctx, name)
+		if err != nil {
+			return "", err
+		}
+		if len(plan.Refused) > 0 {
+			return "", refusedPlan(name, plan)
+		}
+		return c.Start(context.WithoutCancel(ctx), "CheckCapacity", api.DevicePath(name), plan.Token, api.Properties{})
 	}, nil)
 }
 

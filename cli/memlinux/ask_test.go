@@ -100,3 +100,19 @@ func TestNothingToPick(t *testing.T) {
 		t.Errorf("it says %s", o.stdout)
 	}
 }
+
+func TestCheckCapacityLeavesTheContent(t *testing.T) {
+	w := newWorld(t)
+	device, backing := w.loop(256, "512")
+	sh(t, need.Tool(t, "mke2fs", "e2fsprogs"), "-q", "-t", "ext4", backing)
+	before := digest(t, backing)
+	o := w.run("write", "--check-capacity", device)
+	o.wants(t, 0)
+	if !strings.Contains(o.stdout, "256 MiB, as it says") {
+		t.Errorf("it says %s", o.stdout)
+	}
+	if digest(t, backing) != before {
+		t.Error("the content is another")
+	}
+	w.run("write", "--check-capacity", w.path("x.img")).wants(t, 2, "for a device")
+}

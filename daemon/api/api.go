@@ -123,6 +123,7 @@ const (
 	KindRemove   = "remove"
 	KindNext     = "next"
 	KindRollback = "rollback"
+	KindCapacity = "capacity"
 )
 
 // Keys of a job's Result.

@@ -64,6 +64,12 @@ const (
       <arg name="options" type="a{sv}" direction="in"/>
       <arg name="job" type="o" direction="out"/>
     </method>
+    <method name="CheckCapacity">
+      <arg name="device" type="o" direction="in"/>
+      <arg name="token" type="s" direction="in"/>
+      <arg name="options" type="a{sv}" direction="in"/>
+      <arg name="job" type="o" direction="out"/>
+    </method>
     <method name="WriteFile">
       <arg name="file" type="h" direction="in"/>
       <arg name="options" type="a{sv}" direction="in"/>

@@ -3,16 +3,17 @@ package api
 // Report is what a job has proven. It is the one schema of the result, on the
 // bus (as JSON under [ResultReport]) as well as for --json. Sizes are bytes.
 type Report struct {
-	Kind     string   `json:"kind"`             // the job's kind
-	Target   *Target  `json:"target,omitempty"` // what was written or verified
-	System   *System  `json:"system,omitempty"`
-	Entry    *Entry   `json:"entry,omitempty"` // of this PC's boot menu: what was installed or removed
-	Image    *Image   `json:"image,omitempty"`
-	Boots    []Boot   `json:"boots,omitempty"`
-	Written  bool     `json:"written"`  // the whole image is on the target and was read back
-	Verified bool     `json:"verified"` // every check that was asked for was run and passed
-	Warnings []string `json:"warnings,omitempty"`
-	Seconds  float64  `json:"seconds"` // from the job's start
+	Kind     string    `json:"kind"`             // the job's kind
+	Target   *Target   `json:"target,omitempty"` // what was written or verified
+	System   *System   `json:"system,omitempty"`
+	Entry    *Entry    `json:"entry,omitempty"` // of this PC's boot menu: what was installed or removed
+	Image    *Image    `json:"image,omitempty"`
+	Capacity *Capacity `json:"capacity,omitempty"`
+	Boots    []Boot    `json:"boots,omitempty"`
+	Written  bool      `json:"written"`  // the whole image is on the target and was read back
+	Verified bool      `json:"verified"` // every check that was asked for was run and passed
+	Warnings []string  `json:"warnings,omitempty"`
+	Seconds  float64   `json:"seconds"` // from the job's start
 }
 
 // Target is the disk or file that a job is about.
@@ -53,6 +54,15 @@ type Image struct {
 	Unchanged     int64    `json:"unchanged"`       // bytes that it had already
 	Rewritten     int64    `json:"rewritten"`       // bytes that came back wrong and were written again
 	Fault         string   `json:"fault,omitempty"` // what is wrong with the disk: flipped, dropped, wraps, unstable, read-error, write-error, unplugged, read-only, short, stalled
+}
+
+// Capacity is what a disk says that it holds, and what it does.
+type Capacity struct {
+	Claimed int64  `json:"claimed"`         // bytes
+	Real    int64  `json:"real"`            // bytes, to within a MiB
+	Fault   string `json:"fault,omitempty"` // what it does with the rest: wraps, dropped, short or flipped
+	At      int64  `json:"at,omitempty"`    // the lowest byte that does not hold what it is given
+	Places  int    `json:"places"`          // that were tried
 }
 
 // Extent is a run of bytes on a disk.
