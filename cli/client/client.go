@@ -26,8 +26,10 @@ import (
 // Client is a connection to memlinuxd.
 type Client struct {
 	conn    *dbus.Conn
-	signals chan *dbus.Signal
 	private *privateDaemon // nil on the system bus
+
+	mu        sync.Mutex
+	following map[dbus.ObjectPath]chan *dbus.Signal // of each job that is followed
 }
 
 // ErrNotRoot says that there is no service and that the caller can't start a
@@ -89,8 +91,10 @@ func dial(ctx context.Context, connect func(...dbus.ConnOption) (*dbus.Conn, err
 	if err != nil {
 		return nil, err
 	}
-	c := &Client{conn: conn, signals: make(chan *dbus.Signal, 64)}
-	conn.Signal(c.signals)
+	c := &Client{conn: conn, following: map[dbus.ObjectPath]chan *dbus.Signal{}}
+	signals := make(chan *dbus.Signal, 64)
+	conn.Signal(signals)
+	go c.route(signals)
 	err = errors.Join(
 		conn.AddMatchSignalContext(ctx, dbus.WithMatchSender(api.BusName), dbus.WithMatchPathNamespace(api.ManagerPath)),
 		conn.AddMatchSignalContext(ctx, dbus.WithMatchSender("org.freedesktop.DBus"), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchArg(0, api.BusName)))
@@ -107,6 +111,52 @@ func (c *Client) Close() {
 	_ = c.conn.Close() // nothing is left to lose
 	if c.private != nil {
 		c.private.stop()
+	}
+}
+
+// route hands each signal to who follows its object, and the daemon's own going
+// to all, until the connection ends.
+func (c *Client) route(signals <-chan *dbus.Signal) {
+	for {
+		var s *dbus.Signal
+		select {
+		case s = <-signals:
+		case <-c.conn.Context().Done():
+		}
+		if s == nil {
+			return // Follow sees the connection's end itself
+		}
+		c.mu.Lock()
+		for path, to := range c.following {
+			if s.Path == path || s.Name == "org.freedesktop.DBus.NameOwnerChanged" {
+				to <- s // its reader is in Follow
+			}
+		}
+		c.mu.Unlock()
+	}
+}
+
+// follow registers for the signals of an object; what it returns ends that.
+func (c *Client) follow(path dbus.ObjectPath) (signals <-chan *dbus.Signal, end func()) {
+	to := make(chan *dbus.Signal, 64)
+	c.mu.Lock()
+	c.following[path] = to
+	c.mu.Unlock()
+	return to, func() {
+		stop := make(chan struct{})
+		go func() { // route may just be handing one over
+			for {
+				select {
+				case <-to:
+				case <-stop:
+					return
+				}
+			}
+		}()
+		c.mu.Lock()
+		delete(c.following, path)
+		c.mu.Unlock()
+		close(stop)
 	}
 }
 
@@ -236,6 +286,8 @@ func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.Ob
 // job has ended, or the daemon has.
 func (c *Client) Follow(ctx context.Context, path dbus.ObjectPath, each func(api.Job)) (api.Job, error) {
 	var job api.Job
+	signals, end := c.follow(path)
+	defer end()
 	// What was signalled before this call is in its answer.
 	var props api.Properties
 	if err := c.call(context.WithoutCancel(ctx), path, api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props); err != nil {
@@ -260,10 +312,7 @@ func (c *Client) Follow(ctx context.Context, path dbus.ObjectPath, each func(api
 			}
 		case <-c.conn.Context().Done():
 			return job, c.gone()
-		case s := <-c.signals:
-			if s == nil {
-				return job, c.gone()
-			}
+		case s := <-signals:
 			if s.Name == "org.freedesktop.DBus.NameOwnerChanged" && len(s.Body) == 3 && s.Body[2] == "" {
 				return job, c.gone()
 			}

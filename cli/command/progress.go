@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -27,17 +29,56 @@ type view interface {
 // newView picks the view for the output: JSON objects, bars on a terminal,
 // lines elsewhere.
 func newView(out *os.File, asJSON bool) view {
-	switch {
-	case asJSON:
-		return &jsonView{out: json.NewEncoder(out)}
-	case term.IsTerminal(int(out.Fd())) && os.Getenv("TERM") != "dumb":
-		return &barView{restore: quietCtrl(out), bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(64), mpb.WithRefreshRate(100*time.Millisecond))}
+	return newViews(out, asJSON, "")[0]
+}
+
+// newViews are the views of jobs that go on at once, for one output. Where there
+// are several, each has a name that is told before its phases.
+func newViews(out *os.File, asJSON bool, names ...string) (views []view) {
+	bars := !asJSON && term.IsTerminal(int(out.Fd())) && os.Getenv("TERM") != "dumb"
+	var all *barViews
+	if bars {
+		all = &barViews{restore: quietCtrl(out), bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(64), mpb.WithRefreshRate(100*time.Millisecond))}
+		all.open.Store(int32(len(names))) //nolint:gosec // a handful of sticks
 	}
-	return &lineView{out: out}
+	encoder := &jsonLines{out: json.NewEncoder(out)}
+	for _, name := range names {
+		if name != "" {
+			name += " "
+		}
+		switch {
+		case asJSON:
+			views = append(views, &jsonView{encoder})
+		case bars:
+			views = append(views, &barView{name: name, all: all})
+		default:
+			views = append(views, &lineView{name: name, out: out})
+		}
+	}
+	return views
+}
+
+// jsonLines keeps the objects of several jobs apart.
+type jsonLines struct {
+	mu  sync.Mutex
+	out *json.Encoder
+}
+
+func (l *jsonLines) encode(v any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_ = l.out.Encode(v) // the reader is gone if this fails
+}
+
+// barViews is the one terminal of all bars.
+type barViews struct {
+	restore func()
+	bars    *mpb.Progress
+	open    atomic.Int32 // how many views have not ended
 }
 
 // jsonView prints each change as an object on a line.
-type jsonView struct{ out *json.Encoder }
+type jsonView struct{ out *jsonLines }
 
 type progressEvent struct {
 	Event    string  `json:"event"`
@@ -52,7 +93,7 @@ type progressEvent struct {
 
 func (v *jsonView) update(j api.Job) {
 	if j.State == api.StateRunning && j.Phase != "" {
-		_ = v.out.Encode(progressEvent{"progress", j.ID, j.Phase, j.Progress, j.Bytes, j.Total, j.Rate, j.Unit})
+		v.out.encode(progressEvent{"progress", j.ID, j.Phase, j.Progress, j.Bytes, j.Total, j.Rate, j.Unit})
 	}
 }
 
@@ -75,7 +116,8 @@ func (c *phaseClock) enter(j api.Job) bool {
 
 // lineView prints a line when a phase has ended.
 type lineView struct {
-	out io.Writer
+	name string
+	out  io.Writer
 	phaseClock
 }
 
@@ -90,10 +132,10 @@ func (v *lineView) update(j api.Job) {
 func (v *lineView) print(outcome string) {
 	took := time.Since(v.begun)
 	if v.job.Bytes == 0 {
-		fmt.Fprintf(v.out, "%s:%s %s\n", v.job.Phase, outcome, seconds(took))
+		fmt.Fprintf(v.out, "%s%s:%s %s\n", v.name, v.job.Phase, outcome, seconds(took))
 		return
 	}
-	fmt.Fprintf(v.out, "%s:%s %s in %s (%s)\n", v.job.Phase, outcome, amount(v.job, v.job.Bytes), seconds(took), rate(v.job, float64(v.job.Bytes)/took.Seconds()))
+	fmt.Fprintf(v.out, "%s%s:%s %s in %s (%s)\n", v.name, v.job.Phase, outcome, amount(v.job, v.job.Bytes), seconds(took), rate(v.job, float64(v.job.Bytes)/took.Seconds()))
 }
 
 func (v *lineView) end(ok bool) {
@@ -124,10 +166,10 @@ func quietCtrl(out *os.File) (restore func()) {
 
 // barView draws a bar for each phase.
 type barView struct {
-	restore func()
-	bars    *mpb.Progress
-	bar     *mpb.Bar
-	now     *shown
+	name string
+	all  *barViews
+	bar  *mpb.Bar
+	now  *shown
 	phaseClock
 }
 
@@ -172,8 +214,8 @@ func (v *barView) update(j api.Job) {
 		v.finish(true)
 		v.now = &shown{job: make(chan api.Job, 1), begun: v.begun, ending: make(chan struct{})}
 		v.now.job <- j
-		v.bar = v.bars.New(0, mpb.BarStyle(),
-			mpb.PrependDecorators(decor.Name(j.Phase, decor.WCSyncSpaceR)),
+		v.bar = v.all.bars.New(0, mpb.BarStyle(),
+			mpb.PrependDecorators(decor.Name(v.name+j.Phase, decor.WCSyncSpaceR)),
 			mpb.AppendDecorators(decor.Any(v.now.text, decor.WCSyncSpaceR)))
 	}
 	v.job = j
@@ -207,8 +249,10 @@ func (v *barView) finish(ok bool) {
 
 func (v *barView) end(ok bool) {
 	v.finish(ok)
-	v.bars.Wait()
-	v.restore()
+	if v.all.open.Add(-1) == 0 {
+		v.all.bars.Wait()
+		v.all.restore()
+	}
 }
 
 func size[T int64 | uint64](n T) string { return humanize.IBytes(uint64(n)) }

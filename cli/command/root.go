@@ -34,7 +34,7 @@ func Main() int { return run(newRoot()) }
 func MainWrite() int {
 	g := &global{}
 	c := newWrite(g)
-	c.Use = "memlinux-write [flags] [DEVICE|FILE]"
+	c.Use = "memlinux-write [flags] [DEVICE...|FILE]"
 	c.Example = writeExamples("memlinux-write")
 	c.Version = Version
 	prepare(c, g)

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"text/tabwriter"
 
@@ -35,6 +36,7 @@ func writeExamples(name string) string {
 	return fmt.Sprintf(`  sudo %[1]s /dev/sdb                               asks before it erases the stick
   sudo %[1]s --yes stick.img                        a disk image
   sudo %[1]s --yes --size 1GiB stick.img            a larger one
+  sudo %[1]s /dev/sdb /dev/sdc                      several at once
   sudo %[1]s --check-capacity /dev/sdb              whether it holds what it says
   sudo %[1]s --kernel debian:linux-image-amd64 /dev/sdb`, name)
 }
@@ -42,7 +44,7 @@ func writeExamples(name string) string {
 func newWrite(g *global) *cobra.Command {
 	var w writeFlags
 	c := &cobra.Command{
-		Use:   "write [flags] [DEVICE|FILE]",
+		Use:   "write [flags] [DEVICE...|FILE]",
 		Short: "Write a bootable stick or disk image, and prove that it boots",
 		Long: `Makes the in-memory system, writes it on a whole disk or into a new file, reads
 back what was written, and boots the result in a virtual machine under BIOS and
@@ -50,7 +52,7 @@ UEFI firmware. All that the disk holds is lost. The disk of the running system,
 and whatever is in use, is refused; what a desktop has mounted is unmounted if you
 say so. A disk that is built in, or larger than a stick ever is, is written only
 if you type its serial. Without an argument you choose from the disks that can
-be taken out.`,
+be taken out. Several disks are written at once, each with a report of its own.`,
 		Example: writeExamples("memlinux write"),
 		RunE: func(c *cobra.Command, a []string) error {
 			if len(a) == 0 {
@@ -60,8 +62,8 @@ be taken out.`,
 				}
 				a = []string{"/dev/" + name}
 			}
-			if err := oneTarget(c, a); err != nil {
-				return err
+			if len(a) > 1 {
+				return g.writeSeveral(c.Context(), &w, a)
 			}
 			return g.write(c.Context(), &w, a[0])
 		},
@@ -163,6 +165,114 @@ func (g *global) writeDevice(ctx context.Context, w *writeFlags, name string, o 
 		}
 		return c.Start(context.WithoutCancel(ctx), "Write", api.DevicePath(name), plan.Token, o.options)
 	}, nil)
+}
+
+// stick is one of several disks to be written.
+type stick struct {
+	name   string
+	token  string
+	path   dbus.ObjectPath
+	opened *opened
+	job    api.Job
+	err    error
+}
+
+// writeSeveral writes the same system on several disks at once. One that fails
+// does not stop the others; the first error decides how the command ends.
+func (g *global) writeSeveral(ctx context.Context, w *writeFlags, targets []string) error {
+	if w.force || w.size != "" || w.checkCapacity {
+		return usagef("--force, --size and --check-capacity are for one target, and %d are given", len(targets))
+	}
+	var sticks []*stick
+	for _, target := range targets {
+		t, err := resolveTarget(target)
+		if err != nil {
+			return err
+		}
+		if t.device == "" {
+			return usagef("%s is a file; several targets can only be devices", target)
+		}
+		if slices.ContainsFunc(sticks, func(s *stick) bool { return s.name == t.device }) {
+			return usagef("/dev/%s is given twice", t.device)
+		}
+		sticks = append(sticks, &stick{name: t.device})
+	}
+	c, err := client.Connect(ctx, g.private)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	// All questions come before anything is erased.
+	for _, s := range sticks {
+		// Each job reads what it is made of through descriptors of its own.
+		if s.opened, err = w.open(ctx, g, os.Stdout); err != nil {
+			return err
+		}
+		defer s.opened.close()
+		s.opened.set(api.OptBootTest, !w.noBootTest)
+		plan, err := c.Plan(ctx, s.name)
+		if err == nil {
+			err = g.agree(ctx, c, w.yes, s.name, plan, s.opened)
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if s.err = err; err == nil {
+			s.token = plan.Token
+		}
+	}
+	var names []string
+	var following sync.WaitGroup
+	for _, s := range sticks {
+		if s.err != nil {
+			continue
+		}
+		if s.path, s.err = c.Start(context.WithoutCancel(ctx), "Write", api.DevicePath(s.name), s.token, s.opened.options); s.err == nil {
+			names = append(names, s.name)
+		}
+	}
+	var views []view
+	if len(names) > 0 {
+		views = newViews(os.Stdout, g.json, names...)
+	}
+	for _, s := range sticks {
+		if s.err != nil {
+			continue
+		}
+		v := views[0]
+		views = views[1:]
+		following.Go(func() {
+			s.job, s.err = c.Follow(ctx, s.path, v.update)
+			v.end(s.err == nil && (s.job.State == api.StateSucceeded || s.job.Error == api.ErrVerification))
+			if s.err == nil && s.job.State != api.StateSucceeded {
+				s.err = &api.Error{Name: s.job.Error, Message: s.job.Message}
+			}
+		})
+	}
+	following.Wait()
+	var first error
+	for _, s := range sticks {
+		if s.err != nil {
+			s.err = &api.Error{Name: api.ErrorName(s.err), Message: fmt.Sprintf("/dev/%s: %v", s.name, s.err)}
+		}
+		switch {
+		case g.json:
+			if err := printJSONReport(os.Stdout, s.job, "", s.err); err != nil {
+				return err
+			}
+		case s.job.Report != nil && s.job.State != api.StateCancelled:
+			fmt.Printf("\n/dev/%s\n", s.name)
+			printReport(os.Stdout, s.job.Report, "")
+		}
+		switch {
+		case s.err == nil:
+		case first == nil:
+			first = s.err
+		default:
+			fmt.Fprintf(os.Stderr, "memlinux: %v\n", s.err)
+		}
+	}
+	return first
 }
 
 // checkCapacity asks nothing: the content stays.

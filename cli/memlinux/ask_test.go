@@ -116,3 +116,39 @@ func TestCheckCapacityLeavesTheContent(t *testing.T) {
 	}
 	w.run("write", "--check-capacity", w.path("x.img")).wants(t, 2, "for a device")
 }
+
+// One image on several sticks, a report for each; one that is refused does not
+// stop the others.
+func TestSeveralSticks(t *testing.T) {
+	w := newWorld(t)
+	var devices []string
+	for i := range 3 {
+		sub := &world{t: t, dir: t.TempDir(), cache: w.cache}
+		device, backing := sub.loop(64, "512")
+		if i == 1 { // in use: a loop device on it
+			need.Loop(t, device, "512")
+		}
+		devices = append(devices, device)
+		_ = backing
+	}
+	o := w.run(append([]string{"write", "--yes", "--no-boot-test"}, devices...)...)
+	if o.code != 3 || !strings.Contains(o.stderr, devices[1]) {
+		t.Errorf("exit %d: %s", o.code, o.stderr)
+	}
+	for i, device := range devices {
+		name := filepath.Base(device)
+		if reported := strings.Contains(o.stdout, "\n"+device+"\n"); reported != (i != 1) {
+			t.Errorf("%s is reported: %v\n%s", device, reported, o.stdout)
+		}
+		if progress := strings.Contains(o.stdout, "\n"+name+" write: "); progress != (i != 1) {
+			t.Errorf("the progress of %s is shown: %v\n%s", device, progress, o.stdout)
+		}
+		if i != 1 {
+			w.run("verify", "--no-boot-test", device).wants(t, 0)
+		}
+	}
+	if a, b := volumeID(t, devices[0]), volumeID(t, devices[2]); a == b {
+		t.Errorf("two sticks have the volume ID %s", a)
+	}
+	w.run("write", "--yes", devices[0], devices[0]).wants(t, 2, "twice")
+}

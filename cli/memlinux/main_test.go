@@ -167,7 +167,7 @@ func TestBadCommandLines(t *testing.T) {
 		{"unknown flag", []string{"write", "--fast", "x"}, "--fast"},
 		{"unknown command", []string{"wirte"}, "wirte"},
 		{"no target", []string{"write"}, "one DEVICE or FILE"},
-		{"two targets", []string{"write", "a", "b"}, "one DEVICE or FILE"},
+		{"two files", []string{"write", "a", "b"}, "can only be devices"},
 		{"a folder", []string{"write", "/tmp"}, "neither a disk nor a regular file"},
 		{"a size that is none", []string{"write", "--size", "big", "x.img"}, "--size"},
 		{"nothing to boot", []string{"vm"}, "what to boot"},
