@@ -42,7 +42,11 @@ func TestMain(m *testing.M) {
 	}
 	if os.Geteuid() == 0 && os.Getenv(envInside) == "" {
 		// What is mounted here is nobody else's to see, and to hold.
-		again := exec.Command("/proc/self/exe", os.Args[1:]...)
+		self, err := os.Executable()
+		if err != nil {
+			panic(err)
+		}
+		again := exec.Command(self, os.Args[1:]...)
 		again.Stdin, again.Stdout, again.Stderr = os.Stdin, os.Stdout, os.Stderr
 		again.Env = append(os.Environ(), envInside+"=1")
 		again.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}

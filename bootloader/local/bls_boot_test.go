@@ -2,7 +2,6 @@ package local
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -11,7 +10,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -22,42 +20,10 @@ import (
 	"github.com/memlinux/memlinux/testvm/need"
 )
 
-// needSystemdBoot is a folder with Debian's systemd-boot unpacked in it: the
-// loader and bootctl. Nothing of it is installed.
+// needSystemdBoot is a folder with Debian's systemd-boot: the loader and bootctl.
 func needSystemdBoot(t *testing.T) string {
 	t.Helper()
-	dir := filepath.Join(need.Cache(t), "systemd-boot")
-	lock, err := os.OpenFile(dir+".lock", os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(dir); err == nil {
-		return dir
-	}
-	if !need.All() {
-		t.Skipf("skipped: the test needs systemd-boot in %s; run make test", dir)
-	}
-	tmp := t.TempDir()
-	cmd := exec.Command(need.Tool(t, "apt-get", "apt"), "download", "-qq", "systemd-boot", "systemd-boot-efi")
-	cmd.Dir = tmp
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("apt-get download: %v\n%s", err, out)
-	}
-	debs, err := filepath.Glob(filepath.Join(tmp, "*.deb"))
-	if err != nil || len(debs) != 2 {
-		t.Fatalf("apt-get download fetched %q", debs)
-	}
-	for _, deb := range debs {
-		run(t, "dpkg-deb", "-x", deb, dir+".part")
-	}
-	if err := os.Rename(dir+".part", dir); err != nil {
-		t.Fatal(err)
-	}
-	return dir
+	return need.Package(t, "systemd-boot", "systemd-boot-efi")
 }
 
 // systemd's own bootctl must see in our entries what we meant.
@@ -324,27 +290,16 @@ func efivarfs(t *testing.T, kernel string) string {
 // returns what its serial console said.
 func bootSD(t *testing.T, disk string) string {
 	t.Helper()
-	qemu := need.Tool(t, "qemu-system-x86_64", "qemu-system-x86")
 	code := need.File(t, "/usr/share/OVMF/OVMF_CODE_4M.fd", "ovmf")
 	data, err := os.ReadFile(need.File(t, "/usr/share/OVMF/OVMF_VARS_4M.fd", "ovmf"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	vars, serial := filepath.Join(t.TempDir(), "vars.fd"), filepath.Join(t.TempDir(), "serial.log")
+	vars := filepath.Join(t.TempDir(), "vars.fd")
 	if err := os.WriteFile(vars, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, qemu, "-M", "q35", "-accel", "tcg", "-m", "512", "-display", "none", "-nic", "none",
+	return console(t, 12*time.Minute, never, "-M", "q35", "-m", "512",
 		"-drive", "if=pflash,unit=0,format=raw,readonly=on,file="+code, "-drive", "if=pflash,unit=1,format=raw,file="+vars,
-		"-serial", "file:"+serial, "-drive", "if=virtio,format=raw,snapshot=on,file="+disk)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	out, err := cmd.CombinedOutput()
-	log, _ := os.ReadFile(serial)
-	if err != nil {
-		t.Fatalf("QEMU: %v: %s\n%q", err, out, log)
-	}
-	return string(log)
+		"-drive", "if=virtio,format=raw,snapshot=on,file="+disk)
 }

@@ -2,14 +2,12 @@ package local
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -101,40 +99,19 @@ func (d pcDisk) boots(t *testing.T, want ...string) {
 // bootsUnder is boots with another firmware.
 func (d pcDisk) bootsUnder(t *testing.T, firmware []string, want ...string) {
 	t.Helper()
-	qemu := need.Tool(t, "qemu-system-x86_64", "qemu-system-x86")
-	ctx, cancel := context.WithTimeout(t.Context(), 480*time.Second)
-	defer cancel()
-	serial := filepath.Join(t.TempDir(), "serial.log")
-	cmd := exec.CommandContext(ctx, qemu, append(firmware, "-accel", "tcg", "-m", "512", "-display", "none", "-nic", "none",
-		"-serial", "file:"+serial, "-drive", "if=virtio,format=raw,file="+d.image)...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	start := time.Now()
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		cancel()
-		_ = cmd.Wait()
-	}()
-	for {
-		log, _ := os.ReadFile(serial)
-		rest, found := string(log), true
-		missing := ""
+	missing := ""
+	log := console(t, 480*time.Second, func(log string) bool {
 		for _, missing = range want {
-			if _, rest, found = strings.Cut(rest, missing); !found {
-				break
+			var found bool
+			if _, log, found = strings.Cut(log, missing); !found {
+				return false
 			}
 		}
-		if found {
-			t.Logf("%q after %.1f s", want, time.Since(start).Seconds())
-			return
-		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("the serial console never said %q of %q:\n%s", missing, want, log)
-		case <-time.After(200 * time.Millisecond):
-		}
+		missing = ""
+		return true
+	}, append(firmware, "-m", "512", "-drive", "if=virtio,format=raw,file="+d.image)...)
+	if missing != "" {
+		t.Fatalf("the serial console never said %q of %q:\n%s", missing, want, log)
 	}
 }
 

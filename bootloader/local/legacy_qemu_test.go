@@ -2,50 +2,23 @@ package local
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/memlinux/memlinux/testvm/need"
 )
 
-// legacyPackage is where Debian's grub-legacy lies, which is fetched into
-// need.Cache: it can't be installed beside GRUB 2.
+// legacyPackage is where Debian's grub-legacy lies: it can't be installed beside
+// GRUB 2.
 func legacyPackage(t *testing.T) string {
 	t.Helper()
-	dir := filepath.Join(need.Cache(t), "grub-legacy")
-	lock, err := os.OpenFile(dir+".lock", os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(dir); err != nil {
-		if !need.All() {
-			t.Skipf("skipped: the test needs Debian's package grub-legacy in %s; run make test", dir)
-		}
-		tmp := t.TempDir()
-		legacyRun(t, tmp, "apt-get", "download", "-qq", "grub-legacy")
-		debs, _ := filepath.Glob(filepath.Join(tmp, "*.deb")) // the pattern is right
-		if len(debs) != 1 {
-			t.Fatalf("apt-get left %q", debs)
-		}
-		legacyRun(t, tmp, "rm", "-rf", dir+".part")
-		legacyRun(t, tmp, "dpkg-deb", "-x", debs[0], dir+".part")
-		legacyRun(t, tmp, "mv", dir+".part", dir)
-	}
-	return filepath.Join(dir, "usr/lib/grub/x86_64-pc")
+	return filepath.Join(need.Package(t, "grub-legacy"), "usr/lib/grub/x86_64-pc")
 }
 
 func legacyRun(t *testing.T, in string, argv ...string) []byte {
@@ -162,45 +135,25 @@ func (d legacyDisk) make(t *testing.T) {
 // returns what stood there.
 func (d legacyDisk) boots(t *testing.T, want ...string) string {
 	t.Helper()
-	qemu := need.Tool(t, "qemu-system-x86_64", "qemu-system-x86")
-	ctx, cancel := context.WithTimeout(t.Context(), 400*time.Second)
-	defer cancel()
-	serial := filepath.Join(t.TempDir(), "serial.log")
-	cmd := exec.CommandContext(ctx, qemu, "-accel", "tcg", "-m", "256", "-display", "none", "-nic", "none",
-		"-serial", "file:"+serial, "-drive", "if=ide,format=raw,file="+d.image)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	start := time.Now()
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		cancel()
-		_ = cmd.Wait()
-	}()
-	for {
-		log, _ := os.ReadFile(serial)
-		var got []string
-		for line := range strings.Lines(string(log)) {
+	var got []string
+	log := console(t, 400*time.Second, func(log string) bool {
+		got = nil
+		for line := range strings.Lines(log) {
 			if _, cmdline, ok := strings.Cut(line, "] Command line: "); ok && strings.HasSuffix(line, "\n") {
 				got = append(got, strings.TrimSpace(cmdline))
 			}
 		}
-		if len(got) >= len(want) {
-			for i := range want {
-				if !strings.Contains(got[i], want[i]) {
-					t.Fatalf("boot %d has the command line %q, not %q", i+1, got[i], want[i])
-				}
-			}
-			t.Logf("%d boots after %.1f s", len(want), time.Since(start).Seconds())
-			return string(log)
-		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("%d boots of %d:\n%s", len(got), len(want), log)
-		case <-time.After(200 * time.Millisecond):
+		return len(got) >= len(want)
+	}, "-m", "256", "-drive", "if=ide,format=raw,file="+d.image)
+	if len(got) < len(want) {
+		t.Fatalf("%d boots of %d:\n%s", len(got), len(want), log)
+	}
+	for i := range want {
+		if !strings.Contains(got[i], want[i]) {
+			t.Fatalf("boot %d has the command line %q, not %q", i+1, got[i], want[i])
 		}
 	}
+	return log
 }
 
 // takeBack puts a file of the disk, as GRUB left it, into the tree.

@@ -68,7 +68,7 @@ func TestAutomountedStickAsksFirst(t *testing.T) {
 				args = append(args, "--yes")
 			}
 			inner := w.command(args...)
-			cmd := exec.Command("nsenter", append([]string{"--target", strconv.Itoa(holder.Process.Pid), "--mount", "--"}, inner.Args...)...)
+			cmd := exec.Command("nsenter", append([]string{"--target", strconv.Itoa(holder.Process.Pid), "--mount", "--root", "--"}, inner.Args...)...)
 			cmd.Env = inner.Env
 			o := atTerminal(t, cmd, c.answers(filepath.Base(device))...)
 			if o.code != c.code || !strings.Contains(o.stdout, c.says) {

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -108,9 +109,10 @@ func efivars(t *testing.T, w *world, esp pc.Partition) string {
 	return dir
 }
 
-// inside runs a command in the namespace.
+// inside runs a command in the namespace, and in the root folder of this test: a
+// namespace's own may be another one (chroot).
 func (l *local) inside(argv ...string) *exec.Cmd {
-	return exec.Command("nsenter", append([]string{"--target", l.holder, "--mount", "--"}, argv...)...)
+	return exec.Command("nsenter", append([]string{"--target", l.holder, "--mount", "--root", "--"}, argv...)...)
 }
 
 func (l *local) command(args ...string) *exec.Cmd {
@@ -351,9 +353,18 @@ func TestRefusedEntries(t *testing.T) {
 			}
 		}, code: 1, says: []string{"read-only"}},
 		{name: "full", spoil: func(t *testing.T, l *local) {
-			out, err := l.inside("dd", "if=/dev/zero", "of=/boot/filler", "bs=1M").CombinedOutput()
-			if err == nil {
-				t.Fatalf("/boot did not become full: %s", out)
+			f, err := os.Create(filepath.Join(l.boot, "filler"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			for range 256 { // more than it has, and no more than that
+				if _, err = f.Write(make([]byte, 1<<20)); err != nil {
+					break
+				}
+			}
+			if !errors.Is(err, syscall.ENOSPC) {
+				t.Fatalf("/boot did not become full: %v", err)
 			}
 		}, code: 1, says: []string{"MiB"}},
 		{name: "a title of two lines", args: []string{"--name", "one\ntwo"}, code: 2, says: []string{"title"}},

@@ -8,7 +8,6 @@
 package blockdev
 
 import (
-	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -95,20 +94,6 @@ const (
 	ReasonUnknown      = "unknown"       // the kernel does not say what has to be known
 	ReasonBusy         = "busy"          // a program has it open, or uses what is mounted of it
 )
-
-// Candidates are the disks out of devices that a person may pick from: those
-// that can be taken out and that nothing speaks against, in the order in which
-// people count.
-func Candidates(devices []Device) []Device {
-	var picked []Device
-	for _, d := range devices {
-		if d.Removable && len(d.Reasons) == 0 {
-			picked = append(picked, d)
-		}
-	}
-	slices.SortFunc(picked, func(a, b Device) int { return compareNames(a.Name, b.Name) })
-	return picked
-}
 
 // Clean makes a name that a device or its user chose fit to be printed:
 // control characters, marks that turn the direction of text and what is not

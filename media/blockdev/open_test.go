@@ -137,21 +137,6 @@ func TestHardReasonsStay(t *testing.T) {
 	t.Logf("%d machines, %d disks: %d never written, %d for want of a serial, %d with all agreed to", len(recorded), disks, hard, soft, free)
 }
 
-func TestCandidates(t *testing.T) {
-	devices, err := machine(t, "laptop").Devices(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	slices.Reverse(devices)
-	var names []string
-	for _, d := range Candidates(devices) {
-		names = append(names, d.Name)
-	}
-	if want := []string{"mmcblk0", "sda", "sdb"}; !slices.Equal(names, want) {
-		t.Errorf("candidates %v, want %v", names, want)
-	}
-}
-
 // This machine's own disk, by every name that leads to it. A name is resolved by
 // device number, as the command line does, since links can be anything.
 func TestOwnDiskByEveryName(t *testing.T) {

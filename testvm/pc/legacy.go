@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"path/filepath"
 	"testing"
+
+	"github.com/memlinux/memlinux/testvm/need"
 )
 
 // configName is where stage1_5 and stage2 have the name of the file that they
@@ -16,7 +18,7 @@ const configName = 0x217
 // keeps it.
 func (p *PC) grubLegacy(t testing.TB, tr *tree) {
 	t.Helper()
-	from := filepath.Join(pkg(t, "grub-legacy"), "usr/lib/grub/x86_64-pc")
+	from := filepath.Join(need.Package(t, "grub-legacy"), "usr/lib/grub/x86_64-pc")
 	for _, name := range []string{"stage1", "e2fs_stage1_5"} {
 		tr.copy("boot/grub/"+name, filepath.Join(from, name))
 	}

@@ -5,12 +5,14 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/memlinux/memlinux/testvm/need"
 )
 
 // systemdBoot puts on the ESP what bootctl install and kernel-install do.
 func (p *PC) systemdBoot(t testing.TB, tr *tree) {
 	t.Helper()
-	efi := filepath.Join(pkg(t, "systemd-boot-efi"), "usr/lib/systemd/boot/efi/systemd-bootx64.efi")
+	efi := filepath.Join(need.Package(t, "systemd-boot-efi"), "usr/lib/systemd/boot/efi/systemd-bootx64.efi")
 	esp := strings.TrimPrefix(p.ESPMount, "/")
 	tr.copy(esp+"/EFI/systemd/systemd-bootx64.efi", efi)
 	tr.copy(esp+"/EFI/BOOT/BOOTX64.EFI", efi)

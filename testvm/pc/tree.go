@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
 	"strings"
@@ -138,43 +137,6 @@ func DebianTar(t testing.TB) string {
 		t.Fatal(err)
 	}
 	return file
-}
-
-// pkg is where what is in a Debian package lies, which is fetched into
-// need.Cache and not installed.
-func pkg(t testing.TB, name string) string {
-	t.Helper()
-	dir := filepath.Join(need.Cache(t), name)
-	unlock := lock(t, dir+".lock")
-	defer unlock()
-	if _, err := os.Stat(dir); err == nil {
-		return dir
-	}
-	if !need.All() {
-		t.Skipf("skipped: the test needs Debian's package %s in %s; run make test", name, dir)
-	}
-	tmp := t.TempDir()
-	download := func() error {
-		cmd := exec.CommandContext(t.Context(), "apt-get", "download", "-qq", name)
-		cmd.Dir = tmp
-		return cmd.Run()
-	}
-	if download() != nil {
-		run(t, nil, "apt-get", "update", "-qq")
-		if err := download(); err != nil {
-			t.Fatalf("apt-get download %s: %v", name, err)
-		}
-	}
-	debs, _ := filepath.Glob(filepath.Join(tmp, "*.deb")) // the pattern is right
-	if len(debs) != 1 {
-		t.Fatalf("apt-get left %d packages, not one", len(debs))
-	}
-	// Whole or not at all: the folder takes its name when it is complete.
-	part := dir + ".part"
-	run(t, nil, "rm", "-rf", part)
-	run(t, nil, "dpkg-deb", "-x", debs[0], part)
-	run(t, nil, "mv", part, dir)
-	return dir
 }
 
 // lock holds a lock among the tests of several packages until unlock.
