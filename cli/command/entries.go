@@ -144,10 +144,11 @@ func newNext(g *global) *cobra.Command {
 
 func newRollback(g *global) *cobra.Command {
 	return &cobra.Command{
-		Use:   "rollback",
-		Short: "Take the last install back: what it replaced stands in the menu again",
-		Args:  args(cobra.NoArgs),
-		RunE:  func(c *cobra.Command, _ []string) error { return g.menuJob(c.Context(), "Rollback") },
+		Use:     "rollback",
+		Short:   "Take the last install back: what it replaced stands in the menu again",
+		Example: `  sudo memlinux rollback`,
+		Args:    args(cobra.NoArgs),
+		RunE:    func(c *cobra.Command, _ []string) error { return g.menuJob(c.Context(), "Rollback") },
 	}
 }
 

@@ -173,6 +173,9 @@ func TestBadCommandLines(t *testing.T) {
 		{"nothing to boot", []string{"vm"}, "what to boot"},
 		{"initrd without a kernel", []string{"vm", "--initrd", "x", "y"}, "--kernel"},
 		{"build to nowhere", []string{"build"}, "-o DIR"},
+		{"remove nothing", []string{"remove"}, "the ID of one entry"},
+		{"next of two", []string{"next", "a", "b"}, "the ID of one entry"},
+		{"install what", []string{"install", "stick.img"}, "stick.img"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cmd := exec.Command(filepath.Join(bin, "memlinux"), c.args...)
@@ -183,7 +186,7 @@ func TestBadCommandLines(t *testing.T) {
 }
 
 func TestHelpHasExamples(t *testing.T) {
-	for _, name := range []string{"write", "build", "verify", "vm", "devices", "jobs"} {
+	for _, name := range []string{"write", "build", "verify", "vm", "devices", "jobs", "install", "entries", "remove", "next", "rollback"} {
 		o := finish(t, exec.Command(filepath.Join(bin, "memlinux"), name, "--help"))
 		if o.code != 0 || !strings.Contains(o.stdout, "Examples:") {
 			t.Errorf("%s --help: exit %d: %s", name, o.code, o.stdout)
