@@ -24,7 +24,7 @@ OPTION_PACKAGES = bc binutils bison bzip2 ccache console-setup dpkg-dev flex gcc
 TEST_PACKAGES = $(OPTION_PACKAGES) apt btrfs-progs cpio curl dosfstools e2fsprogs fdisk file gdisk git gnupg libcap2-bin libglib2.0-bin \
 	mmdebstrap mount mtools ncurses-bin openssl python3 qemu-utils shellcheck skopeo squashfs-tools strace systemd umoci xfsprogs xorriso zstd
 # What only the benchmarks hold it against.
-BENCH_PACKAGES = dracut-core initramfs-tools-core kmod
+BENCH_PACKAGES = bmap-tools dracut-core initramfs-tools-core kmod
 
 prefix ?= /usr
 bindir ?= $(prefix)/bin

@@ -475,12 +475,12 @@ func TestAddPayload(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p.Size = free
+			p.Size = free + 128<<20 // XFS gives back what was removed a little later
 			var full *bootfs.NoSpaceError
 			if err := f.AddPayload(t.Context(), filepath.Join(dir, "other"), []bootfs.Payload{p}, nil); !errors.As(err, &full) {
 				t.Fatalf("got %v", err)
 			}
-			if full.Have != free || full.Need < free+1<<20 {
+			if full.Have < free || full.Need < p.Size+1<<20 {
 				t.Errorf("need %d, have %d", full.Need, full.Have)
 			}
 			if diff := cmp.Diff(whole, tree(t, dir)); diff != "" {

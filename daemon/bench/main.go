@@ -26,6 +26,7 @@ var benchmarks = []struct {
 	{"initramfs", bench.initramfs},
 	{"fat32", bench.fat32},
 	{"write", bench.write},
+	{"stick", bench.stick},
 	{"memory", bench.memory},
 	{"modules", bench.modules},
 	{"kernel", bench.kernel},
@@ -38,6 +39,7 @@ var works = map[string]func(args []string, out io.Writer) error{
 	"initramfs": packInitramfs,
 	"fat32":     makeVolume,
 	"write":     writeImage,
+	"stick":     writeStick,
 	"system":    makeSystem,
 	"boot":      bootSystem,
 }
