@@ -83,15 +83,19 @@ func (b bench) stick() error {
 	show("512 MiB with 60 MiB of data on a loop device", us, dd, bmaptool)
 	figure("wall, memlinux / dd", "%.2f", float64(median(us.wall))/float64(median(dd.wall)), 1)
 	figure("memlinux's peak, MiB", "%.1f", mib(median(us.peak)), 32)
-	if exec.Command("cmp", "--silent", image, device).Run() != nil {
-		fmt.Println("  after bmaptool the holes still have what was on the device before")
+	holes := func(s *side) {
+		if exec.Command("cmp", "--silent", image, device).Run() != nil {
+			fmt.Printf("  after %s the holes still have what was on the device before\n", s.name)
+		}
 	}
+	holes(bmaptool)
 	if err := us.once(); err != nil {
 		return err
 	}
 	if err := equalData(image, device); err != nil {
 		return err
 	}
+	holes(us)
 	us.before = nil
 	if err := us.once(); err != nil {
 		return err
