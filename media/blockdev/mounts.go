@@ -156,7 +156,21 @@ func (v *survey) undo(p place) error {
 				return err
 			}
 			defer f.Close()
-			if err := unix.Setns(int(f.Fd()), unix.CLONE_NEWNS); err != nil {
+			// Its mount points are told from its own root folder on, which need not
+			// be the namespace's.
+			root, err := os.OpenFile(filepath.Join(v.system.proc(), "1/root"), unix.O_PATH|unix.O_DIRECTORY, 0)
+			if err != nil {
+				return err
+			}
+			defer root.Close()
+			err = unix.Setns(int(f.Fd()), unix.CLONE_NEWNS)
+			if err == nil {
+				err = unix.Fchdir(int(root.Fd()))
+			}
+			if err == nil {
+				err = unix.Chroot(".")
+			}
+			if err != nil {
 				return fmt.Errorf("enter the first process's mount namespace: %w", err)
 			}
 		}
