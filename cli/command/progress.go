@@ -39,7 +39,7 @@ func newViews(out *os.File, asJSON bool, names ...string) (views []view) {
 	var all *barViews
 	if bars {
 		all = &barViews{restore: quietCtrl(out), bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(64), mpb.WithRefreshRate(100*time.Millisecond))}
-		all.open.Store(int32(len(names))) //nolint:gosec // a handful of sticks
+		all.open.Store(int32(len(names)))
 	}
 	encoder := &jsonLines{out: json.NewEncoder(out)}
 	for _, name := range names {
