@@ -180,7 +180,7 @@ func (s *Server) installEntry(c *call) ([]any, error) {
 	o := c.options()
 	recipe := s.recipeOf(o)
 	w := wishes{
-		title:    stringOr(o, api.OptName, defaultTitle),
+		title:    strings.TrimSpace(stringOr(o, api.OptName, defaultTitle)), // as menus have it
 		next:     o.boolean(api.OptNext, false),
 		standard: o.boolean(api.OptDefault, false),
 		dryRun:   o.boolean(api.OptDryRun, false),
@@ -189,7 +189,7 @@ func (s *Server) installEntry(c *call) ([]any, error) {
 	if w.bootTest {
 		wantSerial(o, recipe)
 	}
-	if strings.TrimSpace(w.title) == "" {
+	if w.title == "" {
 		o.fail("option %q: an entry needs a title", api.OptName)
 	}
 	if err := o.end(); err != nil {

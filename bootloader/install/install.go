@@ -267,7 +267,11 @@ func (s *Session) Install(ctx context.Context, r Request, progress func(done, to
 		return res, err
 	}
 	if len(res.Changes) > 0 {
-		s.state.Undo = &undo{Before: before, After: res.Ours}
+		// As it is read back: a loader has an order of its own.
+		if menu, err = s.Boot.Menu(); err != nil {
+			return res, err
+		}
+		s.state.Undo = &undo{Before: before, After: menu.Ours}
 	}
 	return s.finish(res)
 }
