@@ -352,9 +352,16 @@ func (w *writer) fail(ctx context.Context, err error) error {
 
 // void zeroes the head on the disk, durably.
 func (w *writer) void(ctx context.Context) error {
-	zeros := alignedBuffer(len(w.head))
 	before := w.state
 	w.state = headUnknown
+	switch done, err := w.punch(ctx); {
+	case err != nil:
+		return err
+	case done:
+		w.state = headVoid
+		return nil
+	}
+	zeros := alignedBuffer(len(w.head))
 	err := w.dev.do(ctx, func() error { return w.dev.write(zeros, 0) })
 	if err == nil {
 		err = w.dev.do(ctx, w.dev.flush)
@@ -374,13 +381,42 @@ func (w *writer) void(ctx context.Context) error {
 	return err
 }
 
-// voidBits counts the bits of the head that do not read as zeros.
-func (w *writer) voidBits(ctx context.Context) (int64, error) {
-	got := alignedBuffer(len(w.head))
-	if err := w.dev.do(ctx, func() error { return w.dev.read(got, 0) }); err != nil {
-		return 0, fmt.Errorf("the disk's first MiB: %w", err)
+// punch tells whether the disk zeroed the head by itself. It is not believed
+// that, but read. The error is that of a disk that nobody need ask again; what
+// else there is to say, writing tells.
+func (w *writer) punch(ctx context.Context) (done bool, err error) {
+	z, ok := w.dev.Disk.(zeroer)
+	if !ok {
+		return false, nil
 	}
-	bits, _ := differingBits(got, nil)
+	if err = w.dev.do(ctx, func() (err error) {
+		done, err = z.ZeroRange(0, int64(len(w.head)))
+		return err
+	}); err == nil && done {
+		if err = w.dev.do(ctx, w.dev.flush); err == nil {
+			var bits int64
+			bits, err = w.voidBits(ctx)
+			done = bits == 0
+		}
+	}
+	switch FaultOf(err) {
+	case FaultGone, FaultStalled:
+		return false, err
+	}
+	return done && err == nil, nil
+}
+
+// voidBits counts the bits of the head that do not read as zeros.
+func (w *writer) voidBits(ctx context.Context) (bits int64, err error) {
+	got := alignedBuffer(min(compareStep, len(w.head)))
+	for off := 0; off < len(w.head); off += len(got) {
+		p := got[:min(len(got), len(w.head)-off)]
+		if err := w.dev.do(ctx, func() error { return w.dev.read(p, int64(off)) }); err != nil {
+			return 0, fmt.Errorf("the disk's first MiB: %w", err)
+		}
+		n, _ := differingBits(p, nil)
+		bits += n
+	}
 	return bits, nil
 }
 

@@ -40,6 +40,7 @@ var works = map[string]func(args []string, out io.Writer) error{
 	"fat32":     makeVolume,
 	"write":     writeImage,
 	"stick":     writeStick,
+	"bmap":      copyAndCompare,
 	"system":    makeSystem,
 	"boot":      bootSystem,
 }
