@@ -32,6 +32,9 @@ type findings struct {
 	worst      wrongSector
 	samples    []wrongSector // whose content is not the same byte over and over
 	unreadable error         // a *DeviceError
+
+	suspect *piece // of a stream: the first that has come back wrong once more
+	was     []byte // and how
 }
 
 // diagnose finds out in what way the disk lies about the pieces, which are
@@ -53,6 +56,8 @@ func (w *writer) verdict(ctx context.Context, bad []piece, head []byte) error {
 	switch {
 	case err != nil:
 		return err
+	case f.first < 0 && w.stream != nil:
+		return w.streamVerdict(ctx, bad, f)
 	case f.first < 0 && f.unreadable != nil:
 		return f.unreadable
 	case f.first < 0:
@@ -66,7 +71,7 @@ func (w *writer) verdict(ctx context.Context, bad []piece, head []byte) error {
 	}
 
 	// Does the worst place take anything at all?
-	mark, now, err := w.tryMark(ctx, f.worst.offset, f.worst.offset)
+	mark, now, err := w.tryMark(ctx, f.worst.offset, f.worst.offset, w.im.SectorSize)
 	if err != nil {
 		return err
 	}
@@ -103,6 +108,8 @@ func (w *writer) examine(ctx context.Context, bad []piece, head []byte) (finding
 		}
 		if c.number < 0 {
 			copy(want, head[c.offset:c.offset+int64(c.length)])
+		} else if w.stream != nil {
+			want = nil // it is gone
 		} else if err := w.dev.do(ctx, func() error { return w.source(c, want) }); err != nil {
 			return f, err
 		}
@@ -115,6 +122,10 @@ func (w *writer) examine(ctx context.Context, bad []piece, head []byte) (finding
 		}
 		if err != nil {
 			return f, err
+		}
+		if want == nil {
+			w.look(&f, c, got[:c.length])
+			continue
 		}
 		for off := 0; off < c.length; off += sector {
 			s := got[off : off+sector]
@@ -204,16 +215,16 @@ func (w *writer) wraps(ctx context.Context, f findings, head []byte) (*MismatchE
 
 // coincide tells whether the place at low and the one that far behind it are one.
 func (w *writer) coincide(ctx context.Context, low, distance int64) (bool, error) {
-	mark, now, err := w.tryMark(ctx, low+distance, low)
+	mark, now, err := w.tryMark(ctx, low+distance, low, w.im.SectorSize)
 	return err == nil && bytes.Equal(mark, now), err
 }
 
-// tryMark writes a sector that is nowhere else and reads one back.
-func (w *writer) tryMark(ctx context.Context, writeAt, readAt int64) (mark, now []byte, err error) {
+// tryMark writes n bytes, whole sectors, that are nowhere else and reads as many back.
+func (w *writer) tryMark(ctx context.Context, writeAt, readAt int64, n int) (mark, now []byte, err error) {
 	if min(writeAt, readAt) < int64(len(w.head)) {
 		w.state = headUnknown
 	}
-	mark, now = alignedBuffer(w.im.SectorSize), alignedBuffer(w.im.SectorSize)
+	mark, now = alignedBuffer(n), alignedBuffer(n)
 	fillMark(mark, rand.Uint64()) //nolint:gosec // no secret
 	if err := w.dev.do(ctx, func() error { return w.dev.write(mark, writeAt) }); err != nil {
 		return nil, nil, err
@@ -233,7 +244,8 @@ func fillMark(p []byte, seed uint64) {
 }
 
 // whereElse finds for each sector the last other place in the image with its
-// content, or -1. What is written last is what a wrapping disk gives back.
+// content, or -1. What is written last is what a wrapping disk gives back. The bytes of a
+// stream are gone: of that, the disk is searched, on which both places are one.
 func (w *writer) whereElse(ctx context.Context, sectors []wrongSector, head []byte) ([]int64, error) {
 	from := make([]int64, len(sectors))
 	byHash := map[uint64][]int{}
@@ -258,7 +270,16 @@ func (w *writer) whereElse(ctx context.Context, sectors []wrongSector, head []by
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		if err := w.dev.do(ctx, func() error { return w.source(c, p) }); err != nil {
+		err := w.dev.do(ctx, func() error {
+			if w.stream != nil {
+				return w.dev.read(p[:c.length], c.offset)
+			}
+			return w.source(c, p)
+		})
+		if w.stream != nil && FaultOf(err) == FaultRead {
+			continue
+		}
+		if err != nil {
 			return nil, err
 		}
 		look(p[:c.length], c.offset)

@@ -79,6 +79,7 @@ func (w *writer) source(c piece, p []byte) error {
 type load struct {
 	piece
 	data []byte
+	hash []byte // what of data the image's digest is made of
 	zero bool
 	sum  uint64       // of data
 	uses atomic.Int32 // by the hash and by the disk; then the buffer is free
@@ -101,7 +102,7 @@ func (w *writer) hashing(h hash.Hash) (in chan<- *load, ended <-chan struct{}) {
 	go func() {
 		defer close(done)
 		for l := range loads {
-			h.Write(l.data)
+			h.Write(l.hash)
 			w.release(l)
 		}
 	}()
@@ -119,31 +120,56 @@ func (w *writer) filling(ctx context.Context, toHash chan<- *load) (toDisk <-cha
 			result <- err
 			close(loads)
 		}()
-		for c := range w.pieces() {
-			var buf []byte
+		buffer := func() ([]byte, error) {
 			select {
-			case buf = <-w.buffers:
+			case buf := <-w.buffers:
+				return buf, nil
 			case <-ctx.Done():
-				err = ctx.Err()
-				return
+				return nil, ctx.Err()
 			}
+		}
+		give := func(c piece, buf []byte) error {
 			l := &load{piece: c, data: buf[:c.length]}
-			if err = w.source(c, l.data); err != nil {
-				return
-			}
-			w.sums[c.number] = maphash.Bytes(w.seed, l.data)
+			l.hash = l.data[:w.counted(c)]
+			l.sum = maphash.Bytes(w.seed, l.data)
+			w.sums = append(w.sums, l.sum)
 			l.zero = allZero(l.data)
 			l.uses.Store(2)
 			toHash <- l // there is room for every buffer
 			select {
 			case loads <- l:
+				return nil
 			case <-ctx.Done():
-				err = ctx.Err()
+				return ctx.Err()
+			}
+		}
+		if w.stream != nil {
+			err = w.streamPieces(buffer, give)
+			return
+		}
+		for c := range w.pieces() {
+			buf, why := buffer()
+			if why == nil {
+				why = w.source(c, buf)
+			}
+			if why == nil {
+				why = give(c, buf)
+			}
+			if err = why; err != nil {
 				return
 			}
 		}
 	}()
 	return loads, result
+}
+
+// counted is how many bytes of the piece are in the image's digest: all, but for
+// what follows the end of a stream.
+func (w *writer) counted(c piece) int {
+	if w.stream == nil {
+		return c.length
+	}
+	return int(max(0, min(int64(c.length), w.stream.length-c.offset)))
 }
 
 // flushed is the end of a flush.
@@ -234,7 +260,18 @@ func (w *writer) writeRest(ctx context.Context, h hash.Hash) error {
 // idle tells whether all that there is was given to the disk.
 func (p *writing) idle() bool { return p.loads == nil && p.active == 0 }
 
-func (p *writing) tell() { p.progress(PhaseWrite, p.durable+p.res.Skipped, p.rest) }
+func (p *writing) tell() {
+	done := p.durable + p.res.Skipped
+	if p.stream != nil && p.loads != nil { // its length is not known yet
+		total := p.stream.expected()
+		if total > 0 {
+			total = max(done, total-int64(len(p.head)))
+		}
+		p.progress(PhaseWrite, done, total)
+		return
+	}
+	p.progress(PhaseWrite, done, p.rest)
+}
 
 func (p *writing) start(ctx context.Context, l *load) {
 	p.active++
@@ -407,7 +444,7 @@ func (w *writer) readRest(ctx context.Context, h hash.Hash) (bad []piece, err er
 		}
 		select {
 		case buf := <-buffers:
-			l := &load{piece: c, data: buf[:c.length]}
+			l := &load{piece: c, data: buf[:c.length], hash: buf[:w.counted(c)]}
 			l.uses.Store(1)
 			active++
 			go func() {

@@ -28,6 +28,7 @@ const (
 // done until then.
 type Result struct {
 	Bytes         int64  // of the image's data, on the disk and read back
+	Length        int64  // of a Stream: its own bytes
 	DigestWritten string // Image.Digest of the bytes handed to the disk
 	DigestRead    string // Image.Digest of the bytes the disk gave back
 
@@ -45,11 +46,14 @@ type Result struct {
 // NoSpaceError says that something is too small for what is to go into it.
 type NoSpaceError struct {
 	Where      string // "the file system of the target", "the disk"
-	Need, Have int64  // bytes
+	Need, Have int64  // bytes; a Need of 0 is more than Have, who knows how much
 }
 
 func (e *NoSpaceError) Error() string {
 	const mib = 1 << 20
+	if e.Need == 0 {
+		return fmt.Sprintf("%s is too small: it has %d MiB, and more is needed", e.Where, e.Have/mib)
+	}
 	return fmt.Sprintf("%s is too small: needs %d MiB, has %d MiB", e.Where, (e.Need+mib-1)/mib, e.Have/mib)
 }
 
@@ -122,7 +126,8 @@ func Write(ctx context.Context, d Disk, im *Image, progress Progress) (Result, e
 // writer is one run of Write.
 type writer struct {
 	dev      device
-	im       *Image
+	im       *Image  // of a stream, what is known of it
+	stream   *stream // nil: the image's source can be read as often as needed
 	progress Progress
 	res      Result
 
@@ -171,7 +176,12 @@ func newWriter(d Disk, im *Image, progress Progress) *writer {
 		w.rest += int64(c.length)
 		pieces++
 	}
-	w.sums = make([]uint64, pieces)
+	w.allocate(pieces)
+	return w
+}
+
+// allocate makes what a pass over so many pieces needs.
+func (w *writer) allocate(pieces int) {
 	w.buffers = make(chan []byte, mostBuffers)
 	for range min(mostBuffers, pieces) {
 		w.buffers <- alignedBuffer(chunkSize)
@@ -180,7 +190,6 @@ func newWriter(d Disk, im *Image, progress Progress) *writer {
 	for range min(mostInFlight, pieces) {
 		w.scratch <- alignedBuffer(compareStep)
 	}
-	return w
 }
 
 // readHead loads what of the image lies in the first MiB.
@@ -266,7 +275,8 @@ func (w *writer) proveRest(ctx context.Context) (digest string, err error) {
 		if bad = append(bad, wrong...); len(bad) == 0 {
 			return sum(read), nil
 		}
-		if try > 0 || length(bad) > mostRepaired || len(bad) >= mostUnreadable && FaultOf(bad[len(bad)-1].err) == FaultRead {
+		if try > 0 || length(bad) > mostRepaired || len(bad) >= mostUnreadable && FaultOf(bad[len(bad)-1].err) == FaultRead ||
+			w.stream != nil && len(wrong) > 0 { // which can't be read again
 			return "", w.diagnose(ctx, bad, make([]byte, len(w.head)))
 		}
 		if err := w.repair(ctx, bad); err != nil {
@@ -467,6 +477,9 @@ func (w *writer) compareHead(ctx context.Context) (bad []piece, err error) {
 }
 
 func (w *writer) headDigest() hash.Hash {
+	if w.stream != nil {
+		return w.stream.headDigest(w.head)
+	}
 	h := newDigest(w.im)
 	for _, s := range w.spans {
 		h.Write(w.head[s.from:s.to])
