@@ -24,6 +24,7 @@ const (
 type detector struct {
 	buildID string // what the ready line must say
 	local   bool   // Expect.Local
+	foreign bool   // Expect.Foreign
 
 	toGRUB, toKernel, toReady time.Duration // since QEMU's start; 0: not seen
 	ramMiB                    int
@@ -36,6 +37,7 @@ type detector struct {
 	entered bool   // the kernel's command line is the entry's
 	other   bool   // it seems to be another's
 	login   bool   // a system asked for a login
+	waits   bool   // a foreign boot loader's menu waits for a person
 
 	serial, firmware stream
 	last             []string // the last lines of both that were not empty
@@ -124,7 +126,9 @@ func (d *detector) feedScreen(lines []string) {
 	d.screen = lines
 	if !waitsForKey(lines) {
 		d.waiting = 0
-	} else if d.waiting++; d.waiting == waitingLimit && d.failure == "" && d.toKernel == 0 {
+	} else if d.waiting++; d.foreign {
+		d.waits = d.waiting >= waitingLimit
+	} else if d.waiting == waitingLimit && d.failure == "" && d.toKernel == 0 {
 		d.failure = "the boot loader shows its menu and waits for a person: the entry that it was to boot by itself is not there, or did not start"
 	}
 	for _, l := range lines {
@@ -213,6 +217,10 @@ func endsWith(line []byte, sign string) bool {
 
 func (d *detector) matchSerial(at time.Duration) {
 	line := d.serial.line
+	if d.foreign {
+		d.matchForeign(line, at)
+		return
+	}
 	if d.toReady != 0 {
 		d.shell = d.shell || endsWith(line, shellAnswer)
 		return
@@ -288,7 +296,7 @@ func (d *detector) matchWhole(line string) {
 
 // fail notes the first failure.
 func (d *detector) fail(sign, meaning string) {
-	if d.failure == "" && (!d.local || sign != noSuchDevice) {
+	if d.failure == "" && (!d.local && !d.foreign || sign != noSuchDevice) {
 		d.failure = meaning
 	}
 }

@@ -16,8 +16,9 @@ import (
 // not seen.
 type Verdict struct {
 	Firmware    Firmware `json:"firmware"`
-	OK          bool     `json:"ok"`      // the ready line with the right build ID was seen
-	Skipped     bool     `json:"skipped"` // not tried, since it can't be: Reason says why
+	OK          bool     `json:"ok"`                // the ready line with the right build ID was seen; or a foreign system
+	Skipped     bool     `json:"skipped"`           // not tried, since it can't be: Reason says why
+	Reached     string   `json:"reached,omitempty"` // of a foreign system: how far it was seen, one of the Reached constants
 	Reason      string   `json:"reason,omitempty"`
 	Accelerator string   `json:"accelerator,omitempty"` // "kvm" or "tcg"
 	QEMUVersion string   `json:"qemu_version,omitempty"`
@@ -74,6 +75,10 @@ type Expect struct {
 	// the entry's command line has memlinux.build=Build: a kernel with another
 	// command line is the boot's failure.
 	Local bool
+	// Foreign says that the disk holds a system that is not ours and has no ready
+	// line: it is enough that the firmware hands over and something of the disk goes on. Of
+	// the rest only Extra counts then.
+	Foreign bool
 	// Extra is time on top of the usual: what the boot loader's menu waits for
 	// a person.
 	Extra time.Duration
@@ -88,7 +93,8 @@ const contentRate = 1 << 20
 //	memlinux: ready build=<buildID> ram=<N> MiB
 //
 // Then it asks the shell there, if there is to be one, for a sum, takes a
-// screenshot and ends the machine. progress, if not nil, is called with each Stage as it is reached.
+// screenshot and ends the machine. A foreign system is watched until it asks for a login, or
+// for a while after its last sign of life. progress, if not nil, is called with each Stage as it is reached.
 //
 // A machine that does not boot is a Verdict with a Reason and no error. An
 // error means that nothing was proven either way: a [*MissingError], a Machine
@@ -152,11 +158,16 @@ func prove(ctx context.Context, m Machine, want Expect, progress func(string)) (
 		limit = uefiLimit
 	}
 	limit += time.Duration(float64(want.Content)/contentRate*float64(time.Second)) + want.Extra
-	w := watch{vm: vm, detector: detector{buildID: want.Build, local: want.Local}, log: log, progress: progress}
+	w := watch{vm: vm, detector: detector{buildID: want.Build, local: want.Local, foreign: want.Foreign}, log: log, progress: progress}
 	listening, stop := context.WithCancel(ctx)
 	defer stop()
 	w.listen(listening)
-	v.Reason, err = w.untilReady(ctx, limit)
+	if want.Foreign {
+		v.Reason, err = w.untilStarted(ctx, limit)
+		v.Reached = w.detector.foreignReached()
+	} else {
+		v.Reason, err = w.untilReady(ctx, limit)
+	}
 	if err == nil && v.Reason == "" {
 		v.OK = true
 		if want.Shell {

@@ -30,6 +30,7 @@ type VM struct {
 	screenPath  string   // QEMU's name for it
 	monitor     *qmp.Client
 	kvm         bool
+	uefi        bool
 	started     time.Time
 	shutdown    atomic.Pointer[string] // QEMU's reason for its end, as in its SHUTDOWN event
 }
@@ -105,7 +106,7 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 	defer os.RemoveAll(scratch.Name())
 	defer scratch.Close()
 
-	vm := &VM{kvm: kvm}
+	vm := &VM{kvm: kvm, uefi: m.Firmware == UEFI}
 	w := wiring{kvm: kvm, scratch: scratch, screenshot: screenshot}
 	if m.Disk != nil {
 		w.diskDriver, _ = blockDriver(m.Disk) // validate saw the error
