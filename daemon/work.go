@@ -240,6 +240,9 @@ type destination struct {
 
 func (s *Server) write(c *call) ([]any, error) {
 	o := c.options()
+	if _, ok := o.left[api.OptImage]; ok {
+		return s.writeImage(c, o)
+	}
 	recipe := s.recipeOf(o)
 	bootTest := o.boolean(api.OptBootTest, true)
 	if bootTest {
@@ -462,7 +465,7 @@ func (s *Server) tryBoot(ctx context.Context, j *jobs.Job, report *api.Report, m
 	if err != nil {
 		v.Reason = err.Error()
 	}
-	report.Boots = append(report.Boots, api.Boot{Firmware: string(machine.Firmware), OK: v.OK, Skipped: v.Skipped, Reason: v.Reason,
+	report.Boots = append(report.Boots, api.Boot{Firmware: string(machine.Firmware), OK: v.OK, Skipped: v.Skipped, Reason: v.Reason, Reached: v.Reached,
 		GRUB: v.ToGRUB, Kernel: v.ToKernel, Ready: v.ToReady, RAM: v.RAMMiB, Shell: v.Shell, Accel: v.Accelerator, QEMU: v.QEMUVersion,
 		ConsoleLog: v.ConsoleLog, Screenshot: v.Screenshot})
 	if v.OK && want.Shell && !v.Shell {

@@ -70,6 +70,9 @@ const (
 	OptSize     = "size"      // t: bytes of the image that goes into a file; 0 is the least that fits
 	OptBootTest = "boot-test" // b: boot what was written (true)
 
+	OptImage  = "image"  // h: a disk image, also compressed, that Write puts on a device as it is: a regular file or a pipe, read once from where it stands
+	OptSHA256 = "sha256" // s: that the image must have as it is given, hex
+
 	OptSerial  = "serial"  // s: the device's, as a person typed it; lifts the soft reasons against writing it
 	OptUnmount = "unmount" // aay: mount points of the device that a person agreed to have unmounted
 

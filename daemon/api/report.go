@@ -46,14 +46,25 @@ type Image struct {
 	Size          int64    `json:"size"`
 	Bytes         int64    `json:"bytes"` // in all extents
 	Extents       []Extent `json:"extents"`
-	VolumeID      string   `json:"volume_id"`       // of the EFI System Partition, XXXX-XXXX
-	SHA256Planned string   `json:"sha256_planned"`  // the image's digest before a byte was written
-	SHA256Written string   `json:"sha256_written"`  // of what was written
-	SHA256Read    string   `json:"sha256_read"`     // of what was read back
-	Written       int64    `json:"written"`         // bytes that went to the disk
-	Unchanged     int64    `json:"unchanged"`       // bytes that it had already
-	Rewritten     int64    `json:"rewritten"`       // bytes that came back wrong and were written again
-	Fault         string   `json:"fault,omitempty"` // what is wrong with the disk: flipped, dropped, wraps, unstable, read-error, write-error, unplugged, read-only, short, stalled
+	VolumeID      string   `json:"volume_id"`        // of the EFI System Partition, XXXX-XXXX
+	SHA256Planned string   `json:"sha256_planned"`   // the image's digest before a byte was written
+	SHA256Written string   `json:"sha256_written"`   // of what was written
+	SHA256Read    string   `json:"sha256_read"`      // of what was read back
+	Written       int64    `json:"written"`          // bytes that went to the disk
+	Unchanged     int64    `json:"unchanged"`        // bytes that it had already
+	Rewritten     int64    `json:"rewritten"`        // bytes that came back wrong and were written again
+	Source        *Source  `json:"source,omitempty"` // of somebody else's image; its digests are then the SHA-256 of its bytes alone, and SHA256Planned is empty
+	Fault         string   `json:"fault,omitempty"`  // what is wrong with the disk: flipped, dropped, wraps, unstable, read-error, write-error, unplugged, read-only, short, stalled
+}
+
+// Source is what an image was made of that is not ours.
+type Source struct {
+	Name     string `json:"name,omitempty"`     // as the user named it; the client fills it in
+	Format   string `json:"format"`             // raw, gzip, xz, zstd or bzip2
+	Bytes    int64  `json:"bytes"`              // as it was given
+	SHA256   string `json:"sha256,omitempty"`   // of these; "" if not all of it was read
+	Expected string `json:"expected,omitempty"` // the SHA-256 that it had to have; "" if it was held against none
+	From     string `json:"from,omitempty"`     // where Expected is from; the client fills it in
 }
 
 // Capacity is what a disk says that it holds, and what it does.
@@ -124,6 +135,7 @@ type Boot struct {
 	OK         bool    `json:"ok"`
 	Skipped    bool    `json:"skipped,omitempty"` // this disk can't boot so on any machine; Reason says why
 	Reason     string  `json:"reason,omitempty"`  // why it is not OK
+	Reached    string  `json:"reached,omitempty"` // of a system that is not ours: how far it was seen: boot loader, kernel, login
 	GRUB       float64 `json:"seconds_to_grub"`
 	Kernel     float64 `json:"seconds_to_kernel"`
 	Ready      float64 `json:"seconds_to_ready"`

@@ -21,10 +21,32 @@ import (
 // window in use, that of zstd --long and xz -9, has half of it or less.
 const maxWindow = 256 << 20
 
-// xzLimit is how long an xz may run. The one who reads from it sets its pace.
-const xzLimit = 2 * time.Hour
+// xzLimit is how long an xz may run. The one who reads from it sets its pace, and that
+// may be a slow stick.
+const xzLimit = 24 * time.Hour
 
-// NewReader returns the plain tar that r is, in xz, gzip, bzip2, zstd or nothing,
+// The formats that Format tells apart.
+const (
+	XZ    = "xz"
+	Gzip  = "gzip"
+	Zstd  = "zstd"
+	Bzip2 = "bzip2"
+)
+
+// MagicBytes is how many of the first bytes of a file Format needs.
+const MagicBytes = 6
+
+// Format is what a file that begins so is compressed with, or "".
+func Format(head []byte) string {
+	for _, f := range []struct{ magic, name string }{{"\xfd7zXZ\x00", XZ}, {"\x1f\x8b", Gzip}, {"\x28\xb5\x2f\xfd", Zstd}, {"BZh", Bzip2}} {
+		if bytes.HasPrefix(head, []byte(f.magic)) {
+			return f.name
+		}
+	}
+	return ""
+}
+
+// NewReader returns the plain tar, or whatever else, that r is, in xz, gzip, bzip2, zstd or nothing,
 // as told by its first bytes. Close it: an xz runs for it, and ends then. A Read
 // of r that blocks at that time is not waited for. Data that are damaged or end
 // too early are an error of Read that says so. Where xz is needed and not
@@ -33,26 +55,26 @@ func NewReader(r io.Reader) (io.ReadCloser, error) {
 	src := &source{r: r}
 	in := bufio.NewReaderSize(src, 1<<20)
 	// A shorter file is none of these; what it is then, the tar reader says.
-	magic, _ := in.Peek(6)
+	magic, _ := in.Peek(MagicBytes)
 	if src.err != nil {
 		return nil, src.err
 	}
-	switch {
-	case bytes.HasPrefix(magic, []byte("\xfd7zXZ\x00")):
+	switch Format(magic) {
+	case XZ:
 		return newXZ(in)
-	case bytes.HasPrefix(magic, []byte("\x1f\x8b")):
+	case Gzip:
 		z, err := gzip.NewReader(in)
 		if err != nil {
 			return nil, damaged("gzip", src, err)
 		}
 		return &decompressor{"gzip", src, z, func() {}}, nil
-	case bytes.HasPrefix(magic, []byte("\x28\xb5\x2f\xfd")):
+	case Zstd:
 		z, err := zstd.NewReader(in, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(1))
 		if err != nil {
 			return nil, damaged("zstd", src, err)
 		}
 		return &decompressor{"zstd", src, z, z.Close}, nil
-	case bytes.HasPrefix(magic, []byte("BZh")):
+	case Bzip2:
 		return &decompressor{"bzip2", src, bzip2.NewReader(in), func() {}}, nil
 	}
 	return io.NopCloser(in), nil

@@ -197,6 +197,9 @@ func (s System) OpenOn(ctx context.Context, name, token string, terms Terms) (_ 
 	if err := d.compare(d.f); err != nil {
 		return nil, err
 	}
+	if err := d.notBackedBy(terms.Source); err != nil {
+		return nil, err
+	}
 	if d.device.identity() != locked.identity() {
 		return nil, &ChangedError{name, "identity"}
 	}
@@ -429,6 +432,25 @@ func (d *Disk) compare(f *os.File) error {
 	}
 	if seq != d.device.DiskSeq {
 		return &ChangedError{d.device.Name, "disk sequence number"}
+	}
+	return nil
+}
+
+// notBackedBy makes sure that the disk is no loop device on the file source.
+func (d *Disk) notBackedBy(source *os.File) error {
+	if source == nil || d.device.Transport != "loop" {
+		return nil
+	}
+	info, err := unix.IoctlLoopGetStatus64(int(d.f.Fd()))
+	if err != nil {
+		return fmt.Errorf("ask %s for its file: %w", d.device.Name, err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(source.Fd()), &st); err != nil {
+		return fmt.Errorf("look at what is to be written: %w", err)
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFREG && info.Inode == st.Ino && info.Device == st.Dev {
+		return &RefusedError{d.device.Name, []Reason{{Code: ReasonSource, Text: "what is to be written is the file that " + d.device.Name + " is made of"}}}
 	}
 	return nil
 }

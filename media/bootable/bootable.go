@@ -21,6 +21,8 @@ type Found struct {
 	// OtherSectors is the sector size that a GPT on the disk was made for, if it is not the
 	// disk's own: no firmware and no system then reads it. Else 0.
 	OtherSectors int
+	// End is where the last of the partitions ends, in bytes; 0: there are none.
+	End int64
 }
 
 var le = binary.LittleEndian
@@ -83,6 +85,9 @@ func Look(r io.ReaderAt, size int64, sectorSize int) (Found, error) {
 	parts, err := f.tables(d, boot)
 	if err != nil {
 		return f, err
+	}
+	for _, p := range parts {
+		f.End = max(f.End, p.offset+p.length)
 	}
 	cd, err := d.elTorito()
 	if err != nil {

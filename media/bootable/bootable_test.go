@@ -124,7 +124,7 @@ func TestLook(t *testing.T) {
 			}
 			run1(t, need.Tool(t, "mkfs.vfat", "dosfstools"), "-F", "32", "-S", fmt.Sprint(sector), "-s", "1", "--offset", fmt.Sprint(1<<20/sector), path, fmt.Sprint(size>>10))
 			addLoader(t, path+"@@1M", 5)
-			if f := look(t, path, sector); f != (Found{BIOS: noCode, Table: "GPT"}) {
+			if f := look(t, path, sector); f != (Found{BIOS: noCode, Table: "GPT", End: 291 << 20}) {
 				t.Errorf("%+v", f)
 			}
 			other := 4096 + 512 - sector
@@ -142,7 +142,7 @@ func TestLook(t *testing.T) {
 		}
 		run1(t, need.Tool(t, "mkfs.vfat", "dosfstools"), "--offset", "2048", path, fmt.Sprint(39<<10))
 		addLoader(t, path+"@@1M", 0)
-		if f := look(t, path, 512); f != (Found{BIOS: noCode, Table: "MBR"}) {
+		if f := look(t, path, 512); f != (Found{BIOS: noCode, Table: "MBR", End: 40 << 20}) {
 			t.Errorf("%+v", f)
 		}
 	})
