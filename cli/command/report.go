@@ -52,20 +52,27 @@ func printReport(w io.Writer, r *api.Report, output string) {
 		row("written to", "%s", output)
 	}
 	if im := r.Image; im != nil {
-		if len(im.Extents) > 0 {
+		switch {
+		case im.Source != nil:
+			rowsOfSource(im, row)
+		case len(im.Extents) > 0:
 			row("image", "%s in %d extents, volume %s", size(im.Bytes), len(im.Extents), im.VolumeID)
-		} else {
+		default:
 			row("image", "partition table, file system and %s of files are as they were written, volume %s", size(im.Bytes), im.VolumeID)
 		}
-		if im.SHA256Written != "" {
+		if im.SHA256Written != "" && im.Source == nil {
 			row("", "sha256 %s", im.SHA256Written)
 		}
 		if im.Unchanged > 0 {
 			row("", "%s were so already, %s were written", size(im.Unchanged), size(im.Written))
 		}
+		meant := im.SHA256Planned
+		if im.Source != nil {
+			meant = im.SHA256Written
+		}
 		switch im.SHA256Read {
 		case "":
-		case im.SHA256Planned:
+		case meant:
 			row("read back", "the same, from the medium")
 		default:
 			row("read back", "DIFFERENT: sha256 %s", im.SHA256Read)
@@ -89,6 +96,8 @@ func printReport(w io.Writer, r *api.Report, output string) {
 			row(name, "left out: %s", b.Reason)
 		case !b.OK:
 			row(name, "FAILED: %s", b.Reason)
+		case b.Reached != "":
+			row(name, "OK, seen as far as the %s: boot loader %.1f s, kernel %.1f s (%s)", b.Reached, b.GRUB, b.Kernel, b.Accel)
 		default:
 			row(name, "OK: GRUB %.1f s, kernel %.1f s, ready %.1f s (%s, %d MiB)", b.GRUB, b.Kernel, b.Ready, b.Accel, b.RAM)
 		}

@@ -25,6 +25,7 @@ type global struct {
 	json    bool
 	notes   []string      // sentences about what this side collected, for the report
 	answers *bufio.Reader // the terminal's lines
+	image   api.Source    // what this side knows of somebody else's image
 }
 
 // Main runs memlinux and returns its exit code.
@@ -117,6 +118,7 @@ func (g *global) job(ctx context.Context, start func(context.Context, *client.Cl
 	if job.Report != nil {
 		job.Report.Warnings = append(job.Report.Warnings, g.notes...)
 	}
+	g.nameSource(job.Report)
 	if g.json {
 		return errors.Join(err, printJSONReport(os.Stdout, job, output, err))
 	}

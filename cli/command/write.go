@@ -28,6 +28,7 @@ import (
 
 type writeFlags struct {
 	systemFlags
+	imageFlags
 	yes, force, noBootTest, checkCapacity bool
 	size                                  string
 }
@@ -38,6 +39,8 @@ func writeExamples(name string) string {
   sudo %[1]s --yes --size 1GiB stick.img            a larger one
   sudo %[1]s /dev/sdb /dev/sdc                      several at once
   sudo %[1]s --check-capacity /dev/sdb              whether it holds what it says
+  sudo %[1]s --image debian.iso.xz /dev/sdb         somebody else's image, checked against SHA256SUMS
+  curl URL | sudo %[1]s --yes --sha256 SUM --image - /dev/sdb
   sudo %[1]s --kernel debian:linux-image-amd64 /dev/sdb`, name)
 }
 
@@ -52,7 +55,12 @@ UEFI firmware. All that the disk holds is lost. The disk of the running system,
 and whatever is in use, is refused; what a desktop has mounted is unmounted if you
 say so. A disk that is built in, or larger than a stick ever is, is written only
 if you type its serial. Without an argument you choose from the disks that can
-be taken out. Several disks are written at once, each with a report of its own.`,
+be taken out. Several disks are written at once, each with a report of its own.
+
+With --image, somebody else's disk image or ISO is written instead, decompressed as
+it comes, with the same care. It must have the sum that --sha256 gives, or that
+SHA256SUMS or FILE.sha256 beside it names. The boot test then sees how far it comes:
+to its boot loader, its kernel or a login.`,
 		Example: writeExamples("memlinux write"),
 		RunE: func(c *cobra.Command, a []string) error {
 			if len(a) == 0 {
@@ -68,7 +76,8 @@ be taken out. Several disks are written at once, each with a report of its own.`
 			return g.write(c.Context(), &w, a[0])
 		},
 	}
-	w.flags(c)
+	w.systemFlags.flags(c)
+	w.imageFlags.flags(c)
 	f := c.Flags()
 	f.BoolVarP(&w.yes, "yes", "y", false, "do not ask before a disk is erased")
 	f.BoolVar(&w.force, "force", false, "replace a FILE that exists")
@@ -83,6 +92,9 @@ func (g *global) write(ctx context.Context, w *writeFlags, target string) error 
 	if err != nil {
 		return err
 	}
+	if err := w.checkImage(1, t.file); err != nil {
+		return err
+	}
 	if t.device != "" && (w.force || w.size != "") {
 		return usagef("--force and --size are for a file; %s is a device", target)
 	}
@@ -92,7 +104,7 @@ func (g *global) write(ctx context.Context, w *writeFlags, target string) error 
 		}
 		return g.checkCapacity(ctx, t.device)
 	}
-	o, err := w.open(ctx, g, os.Stdout)
+	o, err := w.openSource(ctx, g)
 	if err != nil {
 		return err
 	}
@@ -102,6 +114,14 @@ func (g *global) write(ctx context.Context, w *writeFlags, target string) error 
 		return g.writeDevice(ctx, w, t.device, o)
 	}
 	return g.writeFile(ctx, w, t.file, o)
+}
+
+// openSource opens what is to be written.
+func (w *writeFlags) openSource(ctx context.Context, g *global) (*opened, error) {
+	if w.image != "" {
+		return g.openImage(w)
+	}
+	return w.open(ctx, g, os.Stdout)
 }
 
 // target is what the user named: a block device's kernel name, or a file.
@@ -197,6 +217,9 @@ func (g *global) writeSeveral(ctx context.Context, w *writeFlags, targets []stri
 		}
 		sticks = append(sticks, &stick{name: t.device})
 	}
+	if err := w.checkImage(len(sticks), ""); err != nil {
+		return err
+	}
 	c, err := client.Connect(ctx, g.private)
 	if err != nil {
 		return err
@@ -205,7 +228,7 @@ func (g *global) writeSeveral(ctx context.Context, w *writeFlags, targets []stri
 	// All questions come before anything is erased.
 	for _, s := range sticks {
 		// Each job reads what it is made of through descriptors of its own.
-		if s.opened, err = w.open(ctx, g, os.Stdout); err != nil {
+		if s.opened, err = w.openSource(ctx, g); err != nil {
 			return err
 		}
 		defer s.opened.close()
@@ -255,6 +278,7 @@ func (g *global) writeSeveral(ctx context.Context, w *writeFlags, targets []stri
 		if s.err != nil {
 			s.err = &api.Error{Name: api.ErrorName(s.err), Message: fmt.Sprintf("/dev/%s: %v", s.name, s.err)}
 		}
+		g.nameSource(s.job.Report)
 		switch {
 		case g.json:
 			if err := printJSONReport(os.Stdout, s.job, "", s.err); err != nil {
