@@ -2,7 +2,6 @@ package command
 
 import (
 	"encoding/hex"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -95,9 +94,12 @@ func (g *global) nameSource(r *api.Report) {
 // rowsOfSource tells of somebody else's image.
 func rowsOfSource(im *api.Image, row func(key, format string, args ...any)) {
 	s := im.Source
-	what := size(im.Size)
+	what := size(s.Bytes)
 	if s.Format != "raw" {
-		what = fmt.Sprintf("%s in %s of %s", what, size(s.Bytes), s.Format)
+		what += " of " + s.Format
+		if im.Size > 0 {
+			what = size(im.Size) + " in " + what
+		}
 	}
 	row("image", "%s, %s", printable(s.Name), what)
 	switch {
@@ -105,9 +107,9 @@ func rowsOfSource(im *api.Image, row func(key, format string, args ...any)) {
 	case s.Expected == "":
 		row("", "sha256 %s, held against no sum: none was given, and none is beside it", s.SHA256)
 	case s.SHA256 == s.Expected:
-		row("", "sha256 %s, as in %s", s.SHA256, printable(s.From))
+		row("", "sha256 %s, as %s says", s.SHA256, printable(s.From))
 	default:
-		row("", "sha256 %s, and in %s %s", s.SHA256, printable(s.From), s.Expected)
+		row("", "sha256 %s, and %s says %s", s.SHA256, printable(s.From), s.Expected)
 	}
 	if im.SHA256Written != "" && im.SHA256Written != s.SHA256 {
 		row("", "sha256 %s of what was written", im.SHA256Written)
