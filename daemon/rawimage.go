@@ -325,7 +325,7 @@ func (g *given) await() error {
 		ready := 0
 		var failed error
 		if err := raw.Control(func(fd uintptr) {
-			ready, failed = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, pollEvery) //nolint:gosec // a descriptor's number
+			ready, failed = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, pollEvery)
 		}); err != nil {
 			return err
 		}

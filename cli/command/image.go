@@ -2,6 +2,7 @@ package command
 
 import (
 	"encoding/hex"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -89,6 +90,14 @@ func (g *global) nameSource(r *api.Report) {
 	if r != nil && r.Image != nil && r.Image.Source != nil {
 		r.Image.Source.Name, r.Image.Source.From = g.image.Name, g.image.From
 	}
+}
+
+// seenAfter is when something was seen, if it was.
+func seenAfter(what string, seconds float64) string {
+	if seconds == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%s %.1f s ", what, seconds)
 }
 
 // rowsOfSource tells of somebody else's image.

@@ -97,7 +97,7 @@ func printReport(w io.Writer, r *api.Report, output string) {
 		case !b.OK:
 			row(name, "FAILED: %s", b.Reason)
 		case b.Reached != "":
-			row(name, "OK, seen as far as the %s: boot loader %.1f s, kernel %.1f s (%s)", b.Reached, b.GRUB, b.Kernel, b.Accel)
+			row(name, "OK, seen as far as the %s: %s(%s)", b.Reached, seenAfter("boot loader", b.GRUB)+seenAfter("kernel", b.Kernel), b.Accel)
 		default:
 			row(name, "OK: GRUB %.1f s, kernel %.1f s, ready %.1f s (%s, %d MiB)", b.GRUB, b.Kernel, b.Ready, b.Accel, b.RAM)
 		}
