@@ -16,10 +16,11 @@ import (
 type deviceList struct {
 	published[api.Device]
 	system blockdev.System
+	again  chan struct{} // asks the watch to look once more
 }
 
 func newDeviceList(system blockdev.System, s *Server) *deviceList {
-	return &deviceList{published[api.Device]{server: s, iface: api.DeviceInterface, path: api.DevicePath}, system}
+	return &deviceList{published[api.Device]{server: s, iface: api.DeviceInterface, path: api.DevicePath}, system, make(chan struct{}, 1)}
 }
 
 // refresh looks at the machine and tells the bus what came, changed and went.
@@ -31,22 +32,43 @@ func (l *deviceList) refresh(ctx context.Context) error {
 		}
 		now := map[string]api.Device{}
 		for _, d := range found {
-			now[d.Name] = apiDevice(d)
+			shown := apiDevice(d)
+			if job, _, void := l.server.interrupted(ctx, d); void {
+				shown.Interrupted = job
+			}
+			now[d.Name] = shown
 		}
 		return now, nil
 	})
 }
 
-// watch refreshes the list as disks come and go, until ctx ends. Where the
-// kernel's events can't be had (a container), the list is still fresh on every
-// Devices and Plan call.
+// lookAgain has the list refreshed soon.
+func (l *deviceList) lookAgain() {
+	select {
+	case l.again <- struct{}{}:
+	default: // it will be already
+	}
+}
+
+// watch refreshes the list as disks come and go, and when lookAgain asks for it,
+// until ctx ends. Where the kernel's events can't be had (a container), the list
+// is still fresh on every Devices and Plan call.
 func (l *deviceList) watch(ctx context.Context) {
 	events, err := blockdev.Watch(ctx)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "memlinuxd: disks are not watched: %v\n", err)
-		return
+		events = nil
 	}
-	for range events {
+	for {
+		select {
+		case _, ok := <-events:
+			if !ok {
+				return
+			}
+		case <-l.again:
+		case <-ctx.Done():
+			return
+		}
 		if err := l.refresh(ctx); err != nil && ctx.Err() == nil {
 			fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
 		}
@@ -99,6 +121,9 @@ func (s *Server) plan(c *call) ([]any, error) {
 	}
 	shown := apiDevice(d)
 	plan := api.Plan{Refused: shown.Refused, Erases: shown.Contents}
+	if job, surely, void := s.interrupted(c.ctx, d); surely || void {
+		plan.Interrupted, plan.Agreed = job, surely && void
+	}
 	mounts, err := s.devices.system.Mounts(c.ctx, d.Name)
 	if err != nil {
 		return nil, err

@@ -33,6 +33,8 @@ type Server struct {
 	guests  chan struct{} // one place for each virtual machine that may run
 	opened  chan struct{} // closed when calls may be answered
 	ctx     context.Context
+
+	interruptions *interruptions
 }
 
 // maxGuests is how many virtual machines may run at once: without KVM each
@@ -52,10 +54,13 @@ func Serve(ctx context.Context, address string, c config.Config, version string,
 	s.conn = conn
 	s.devices = newDeviceList(blockdev.System{}, s)
 	s.entries = &published[api.BootEntry]{server: s, iface: api.EntryInterface, path: api.EntryPath}
+	if s.interruptions, err = openInterruptions(s.stateDir("interrupted")); err != nil {
+		return err
+	}
 	if err := s.devices.refresh(ctx); err != nil {
 		return err
 	}
-	if s.jobs, err = jobs.Open(s.stateDir("jobs"), c.JobRetention, s); err != nil {
+	if s.jobs, err = jobs.Open(s.stateDir("jobs"), c.JobRetention, s, s.afterCrash); err != nil {
 		return err
 	}
 	defer s.jobs.Close()

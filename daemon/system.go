@@ -35,10 +35,15 @@ const (
 // menuTimeout is how long the menu waits for a key, in seconds.
 const menuTimeout = "3"
 
-// generate makes the system. Logs of compilations go where the job's other
-// reports are.
+// generate makes the system.
 func (s *Server) generate(ctx context.Context, j *jobs.Job, r imagegen.Recipe) (*imagegen.System, error) {
-	return imagegen.Generator{CacheDir: s.config.CacheDir, LogDir: s.stateDir("reports", j.ID())}.Build(ctx, r, tell(j))
+	return s.generator(j).Build(ctx, r, tell(j))
+}
+
+// generator makes the systems of a job. Logs of compilations go where the job's
+// other reports are.
+func (s *Server) generator(j *jobs.Job) imagegen.Generator {
+	return imagegen.Generator{CacheDir: s.config.CacheDir, LogDir: s.stateDir("reports", j.ID())}
 }
 
 func reportSystem(m api.Manifest) *api.System {
@@ -77,9 +82,26 @@ type composed struct {
 
 func (c *composed) Close() { closeAll(c.files) }
 
+// stamp is all that an image has beside its system and its size: the same
+// stamp makes the same image.
+type stamp struct {
+	VolumeID uint32      `json:"volume_id"`
+	GUIDs    stick.GUIDs `json:"guids"`
+	Modified time.Time   `json:"modified"` // of all files
+}
+
+// newStamp is one that no other stick has, for files of that time (zero: now).
+func newStamp(modified time.Time) (stamp, error) {
+	id, err := freshVolumeID()
+	if modified.IsZero() {
+		modified = time.Now()
+	}
+	return stamp{VolumeID: id, GUIDs: stick.RandomGUIDs(), Modified: modified.UTC()}, err
+}
+
 // compose lays the system out as a disk of that size (0: the least that fits)
-// and sector size, with a volume ID of its own.
-func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize int, modified time.Time) (c *composed, err error) {
+// and sector size.
+func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize int, st stamp) (c *composed, err error) {
 	c = &composed{}
 	defer func() {
 		if err != nil {
@@ -87,12 +109,9 @@ func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize i
 			c = nil
 		}
 	}()
-	id, err := freshVolumeID()
-	if err != nil {
-		return nil, err
-	}
+	id := st.VolumeID
 	c.volume = grub.VolumeUUID(id)
-	spec := stick.Spec{Size: size, SectorSize: sectorSize, VolumeID: id, Label: stickLabel, ModTime: modified}
+	spec := stick.Spec{Size: size, SectorSize: sectorSize, VolumeID: id, GUIDs: st.GUIDs, Label: stickLabel, ModTime: st.Modified}
 	if slices.Contains(sys.Manifest.Boot, string(testvm.BIOS)) && sectorSize == 512 { // a PC BIOS can't boot others
 		bios, err := grub.MakeBIOS(ctx, id)
 		if err != nil {
@@ -111,7 +130,7 @@ func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize i
 		return c, err
 	}
 	add := func(path string, size int64, content io.ReaderAt) {
-		spec.Files = append(spec.Files, fat32.File{Path: path, Size: size, Content: content, ModTime: modified})
+		spec.Files = append(spec.Files, fat32.File{Path: path, Size: size, Content: content, ModTime: st.Modified})
 	}
 	if slices.Contains(sys.Manifest.Boot, string(testvm.UEFI)) {
 		efi, err := grub.MakeEFI(ctx, id)

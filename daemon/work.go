@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/godbus/dbus/v5"
 
@@ -234,6 +233,7 @@ type destination struct {
 	target     *api.Target
 	size       int64 // bytes of the image; 0: the least that fits
 	sectorSize int
+	device     *blockdev.Device // nil: a file
 	open       func(*media.Image) (media.Disk, error)
 	reopen     func(context.Context) (*os.File, error) // for reading, after the write
 }
@@ -242,6 +242,9 @@ func (s *Server) write(c *call) ([]any, error) {
 	o := c.options()
 	if _, ok := o.left[api.OptImage]; ok {
 		return s.writeImage(c, o)
+	}
+	if get[bool](o, api.OptResume) {
+		return s.resume(c, o)
 	}
 	recipe := s.recipeOf(o)
 	bootTest := o.boolean(api.OptBootTest, true)
@@ -257,16 +260,7 @@ func (s *Server) write(c *call) ([]any, error) {
 		closeAll(o.files)
 		return nil, err
 	}
-	to := destination{
-		target:     deviceTarget(dev),
-		size:       dev.Size,
-		sectorSize: dev.LogicalBlockSize,
-		open:       func(*media.Image) (media.Disk, error) { return disk, nil },
-		reopen: func(ctx context.Context) (*os.File, error) {
-			f, _, err := s.devices.system.OpenRead(ctx, dev.Name)
-			return f, err
-		},
-	}
+	to := s.toDevice(dev, disk)
 	ret, err := s.start(c, api.KindWrite, phasesOfWrite(recipe, bootTest), o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		// Held to the end, so that nothing mounts or writes the stick
 		// before it is proven.
@@ -277,6 +271,21 @@ func (s *Server) write(c *call) ([]any, error) {
 		disk.Close()
 	}
 	return ret, err
+}
+
+// toDevice is the disk as a destination.
+func (s *Server) toDevice(dev blockdev.Device, disk *blockdev.Disk) destination {
+	return destination{
+		target:     deviceTarget(dev),
+		size:       dev.Size,
+		sectorSize: dev.LogicalBlockSize,
+		device:     &dev,
+		open:       func(*media.Image) (media.Disk, error) { return disk, nil },
+		reopen: func(ctx context.Context) (*os.File, error) {
+			f, _, err := s.devices.system.OpenRead(ctx, dev.Name)
+			return f, err
+		},
+	}
 }
 
 // termsOf reads what a person agreed to about a device.
@@ -358,14 +367,20 @@ func (s *Server) runWrite(ctx context.Context, j *jobs.Job, recipe imagegen.Reci
 	if err != nil {
 		return report, err
 	}
-	report.System, report.Warnings = reportSystem(sys.Manifest), sys.Warnings
-
 	j.Begin(phaseImage)
-	modified := recipe.Epoch
-	if modified.IsZero() {
-		modified = time.Now()
+	st, err := newStamp(recipe.Epoch)
+	if err != nil {
+		return report, err
 	}
-	composed, err := compose(ctx, sys, to.size, to.sectorSize, modified)
+	return s.put(ctx, j, report, sys, st, to, bootTest, nil)
+}
+
+// put composes the system as an image with that stamp, writes it, reads it back
+// and boots it. It goes on with the write that before tells of, if that is not
+// nil.
+func (s *Server) put(ctx context.Context, j *jobs.Job, report *api.Report, sys *imagegen.System, st stamp, to destination, bootTest bool, before *interruption) (*api.Report, error) {
+	report.System, report.Warnings = reportSystem(sys.Manifest), sys.Warnings
+	composed, err := compose(ctx, sys, to.size, to.sectorSize, st)
 	if err != nil {
 		return report, err
 	}
@@ -380,7 +395,10 @@ func (s *Server) runWrite(ctx context.Context, j *jobs.Job, recipe imagegen.Reci
 	if err != nil {
 		return report, err
 	}
+	record := s.beginWrite(ctx, j, report, sys, st, to, bootTest, before)
+	defer s.endWrite(record)
 	result, err := media.Write(ctx, disk, composed.image, tell(j))
+	record.wrote(result)
 	report.Image.SHA256Written, report.Image.SHA256Read = result.DigestWritten, result.DigestRead
 	report.Image.Written, report.Image.Unchanged, report.Image.Rewritten = result.Written+result.Zeroed+result.Head, result.Skipped, result.Rewritten
 	if result.Rewritten > 0 {
@@ -388,12 +406,13 @@ func (s *Server) runWrite(ctx context.Context, j *jobs.Job, recipe imagegen.Reci
 	}
 	if err != nil {
 		report.Image.Fault = string(media.FaultOf(err))
-		return report, err
+		return report, record.advise(err)
 	}
 	if result.DigestWritten != report.Image.SHA256Planned || result.DigestRead != report.Image.SHA256Planned {
 		return report, &api.Error{Name: api.ErrVerification, Message: "what was written is not what was planned; the machine's memory or the cache's disk may be faulty"}
 	}
 	report.Written = true
+	record.committed()
 	if !bootTest {
 		report.Verified = true
 		report.Warnings = append(report.Warnings, "not booted in a virtual machine, as was asked for")

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash"
 	"hash/maphash"
+	"io"
 	"time"
 	"unsafe"
 )
@@ -38,6 +39,10 @@ type Result struct {
 	Zeroed  int64 // bytes that the disk was told to zero
 	Skipped int64 // bytes that were there already, or zeros on a blank disk
 	Head    int64
+
+	// Begun: something was written. After an error the disk is then no longer what
+	// it was, and without Begun it still is.
+	Begun bool
 
 	Compared  int64 // bytes read to find out whether they must be written
 	Rewritten int64 // bytes that had to be written a second time: the disk is not to be relied on
@@ -120,6 +125,7 @@ func Write(ctx context.Context, d Disk, im *Image, progress Progress) (Result, e
 	if err != nil {
 		err = w.fail(ctx, err)
 	}
+	w.res.Begun = w.state != headOld
 	return w.res, err
 }
 
@@ -389,6 +395,16 @@ func (w *writer) void(ctx context.Context) error {
 		w.state = before // nothing arrived, or zeros over zeros
 	}
 	return err
+}
+
+// Void tells whether the first MiB of a disk of that many bytes reads as zeros,
+// as Write leaves it when it is interrupted.
+func Void(r io.ReaderAt, size int64) (bool, error) {
+	head := alignedBuffer(int(min(headSize, size)))
+	if n, err := r.ReadAt(head, 0); n < len(head) {
+		return false, fmt.Errorf("read the disk's first MiB: %w", err)
+	}
+	return allZero(head), nil
 }
 
 // punch tells whether the disk zeroed the head by itself. It is not believed

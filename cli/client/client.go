@@ -179,13 +179,17 @@ func (c *Client) explain(err error) error {
 	case "org.freedesktop.DBus.Error.AccessDenied":
 		return &api.Error{Name: api.ErrNotAuthorized, Message: d.Error()}
 	case "org.freedesktop.DBus.Error.NoReply", "org.freedesktop.DBus.Error.NameHasNoOwner":
-		return c.gone()
+		return c.gone("")
 	}
 	return &api.Error{Name: d.Name, Message: d.Error()}
 }
 
-func (c *Client) gone() error {
+// gone is the error of a job of that kind whose daemon has ended.
+func (c *Client) gone(kind string) error {
 	msg := "memlinuxd went away during the job; look at its log, then run the command again"
+	if kind == api.KindWrite {
+		msg += ", with --resume if it was writing a disk"
+	}
 	if c.private != nil {
 		if last := c.private.lastWords(); last != "" {
 			msg += " (" + last + ")"
@@ -311,10 +315,10 @@ func (c *Client) Follow(ctx context.Context, path dbus.ObjectPath, each func(api
 				return job, err
 			}
 		case <-c.conn.Context().Done():
-			return job, c.gone()
+			return job, c.gone(job.Kind)
 		case s := <-signals:
 			if s.Name == "org.freedesktop.DBus.NameOwnerChanged" && len(s.Body) == 3 && s.Body[2] == "" {
-				return job, c.gone()
+				return job, c.gone(job.Kind)
 			}
 			if s.Path != path || s.Name != api.PropertiesInterface+".PropertiesChanged" || len(s.Body) != 3 {
 				continue

@@ -45,6 +45,9 @@ func newDevices(g *global) *cobra.Command {
 				if len(refused) > 0 {
 					state = "no: " + strings.Join(refused, "; ")
 				}
+				if d.Interrupted != "" {
+					state += "; memlinux write --resume goes on with an interrupted write"
+				}
 				fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\n", d.Path, size(d.Size), d.SectorSize, dash(d.Transport),
 					dash(strings.TrimSpace(d.Vendor+" "+d.Model)), dash(strings.Join(holds, ", ")), state)
 			}

@@ -38,6 +38,9 @@ func printJSONReport(w io.Writer, j api.Job, output string, err error) error {
 func printReport(w io.Writer, r *api.Report, output string) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	row := func(key, format string, args ...any) { fmt.Fprintf(t, "%s\t%s\n", key, fmt.Sprintf(format, args...)) }
+	if r.Resumed != "" {
+		row("resumed", "the write of job %s", r.Resumed)
+	}
 	if s := r.System; s != nil {
 		row("system", "build %s, Linux %s (%s), initramfs %s", s.ID, s.KernelRelease, size(s.KernelSize), size(s.InitramfsSize))
 		row("memory", "at least %d MiB, with UEFI %d MiB", s.MemoryBIOS, s.MemoryUEFI)

@@ -29,8 +29,8 @@ import (
 type writeFlags struct {
 	systemFlags
 	imageFlags
-	yes, force, noBootTest, checkCapacity bool
-	size                                  string
+	yes, force, noBootTest, checkCapacity, resume bool
+	size                                          string
 }
 
 func writeExamples(name string) string {
@@ -41,6 +41,7 @@ func writeExamples(name string) string {
   sudo %[1]s --check-capacity /dev/sdb              whether it holds what it says
   sudo %[1]s --image debian.iso.xz /dev/sdb         somebody else's image, checked against SHA256SUMS
   curl URL | sudo %[1]s --yes --sha256 SUM --image - /dev/sdb
+  sudo %[1]s --resume                               goes on with an interrupted write
   sudo %[1]s --kernel debian:linux-image-amd64 /dev/sdb`, name)
 }
 
@@ -60,9 +61,19 @@ be taken out. Several disks are written at once, each with a report of its own.
 With --image, somebody else's disk image or ISO is written instead, decompressed as
 it comes, with the same care. It must have the sum that --sha256 gives, or that
 SHA256SUMS or FILE.sha256 beside it names. The boot test then sees how far it comes:
-to its boot loader, its kernel or a login.`,
+to its boot loader, its kernel or a login.
+
+A write that was interrupted (unplugged, cancelled, a power cut) leaves a disk that
+does not boot. --resume goes on with it, without asking again: it finds the disk by
+its serial, whatever its name is now, and writes only what is not there yet.`,
 		Example: writeExamples("memlinux write"),
 		RunE: func(c *cobra.Command, a []string) error {
+			if w.resume {
+				var err error
+				if a, err = g.resumeTargets(c.Context(), c, a); err != nil {
+					return err
+				}
+			}
 			if len(a) == 0 {
 				name, err := g.pick(c.Context())
 				if err != nil {
@@ -83,6 +94,7 @@ to its boot loader, its kernel or a login.`,
 	f.BoolVar(&w.force, "force", false, "replace a FILE that exists")
 	f.BoolVar(&w.noBootTest, "no-boot-test", false, "do not boot the result in a virtual machine")
 	f.BoolVar(&w.checkCapacity, "check-capacity", false, "only find out, in seconds, whether a DEVICE holds what it says; its content stays")
+	f.BoolVar(&w.resume, "resume", false, "go on with an interrupted write, to the DEVICE or to all that wait for it")
 	f.StringVar(&w.size, "size", "", "of a FILE, such as 512MiB (default: the least that fits)")
 	return c
 }
@@ -180,7 +192,7 @@ func (g *global) writeDevice(ctx context.Context, w *writeFlags, name string, o 
 		if err != nil {
 			return "", err
 		}
-		if err := g.agree(ctx, c, w.yes, name, plan, o); err != nil {
+		if err := g.consent(ctx, c, w, name, plan, o); err != nil {
 			return "", err
 		}
 		return c.Start(context.WithoutCancel(ctx), "Write", api.DevicePath(name), plan.Token, o.options)
@@ -235,7 +247,7 @@ func (g *global) writeSeveral(ctx context.Context, w *writeFlags, targets []stri
 		s.opened.set(api.OptBootTest, !w.noBootTest)
 		plan, err := c.Plan(ctx, s.name)
 		if err == nil {
-			err = g.agree(ctx, c, w.yes, s.name, plan, s.opened)
+			err = g.consent(ctx, c, w, s.name, plan, s.opened)
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()

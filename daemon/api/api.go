@@ -72,6 +72,9 @@ const (
 
 	OptImage  = "image"  // h: a disk image, also compressed, that Write puts on a device as it is: a regular file or a pipe, read once from where it stands
 	OptSHA256 = "sha256" // s: that the image must have as it is given, hex
+	// OptResume goes on with the write to the device that was interrupted; no option
+	// that says what system to make goes with it.
+	OptResume = "resume" // b
 
 	OptSerial  = "serial"  // s: the device's, as a person typed it; lifts the soft reasons against writing it
 	OptUnmount = "unmount" // aay: mount points of the device that a person agreed to have unmounted

@@ -111,6 +111,8 @@ func (d Device) Properties() Properties {
 		"ReadOnly":   dbus.MakeVariant(d.ReadOnly),
 		"Contents":   dbus.MakeVariant(contentsToWire(d.Contents)),
 		"Refused":    dbus.MakeVariant(reasonsToWire(d.Refused)),
+
+		"Interrupted": dbus.MakeVariant(d.Interrupted),
 	}
 }
 
@@ -120,7 +122,7 @@ func DeviceFrom(p Properties) (d Device, err error) {
 	var sector uint32
 	if err := loadAll(p, field{"Name", &d.Name}, field{"Path", &d.Path}, field{"Size", &size}, field{"SectorSize", &sector},
 		field{"Vendor", &d.Vendor}, field{"Model", &d.Model}, field{"Serial", &d.Serial}, field{"Transport", &d.Transport},
-		field{"Removable", &d.Removable}, field{"ReadOnly", &d.ReadOnly}); err != nil {
+		field{"Removable", &d.Removable}, field{"ReadOnly", &d.ReadOnly}, field{"Interrupted", &d.Interrupted}); err != nil {
 		return Device{}, fmt.Errorf("device: %w", err)
 	}
 	d.Size, d.SectorSize = int64(size), int(sector)
@@ -140,6 +142,9 @@ func (p Plan) Dictionary() Properties {
 		"refused": dbus.MakeVariant(reasonsToWire(p.Refused)),
 		"mounts":  dbus.MakeVariant(mountsToWire(p.Mounts)),
 		"erases":  dbus.MakeVariant(contentsToWire(p.Erases)),
+
+		"interrupted": dbus.MakeVariant(p.Interrupted),
+		"agreed":      dbus.MakeVariant(p.Agreed),
 	}
 }
 
@@ -153,7 +158,7 @@ func mountsToWire(ms []Mount) []wireMount {
 
 // PlanFrom reads what [Plan.Dictionary] made.
 func PlanFrom(p Properties) (plan Plan, err error) {
-	if err := load(p, "token", &plan.Token); err != nil {
+	if err := loadAll(p, field{"token", &plan.Token}, field{"interrupted", &plan.Interrupted}, field{"agreed", &plan.Agreed}); err != nil {
 		return Plan{}, fmt.Errorf("plan: %w", err)
 	}
 	if plan.Refused, err = loadReasons(p, "refused"); err != nil {

@@ -29,7 +29,7 @@ const (
 	ErrNoSuchEntry    = errPrefix + "NoSuchEntry"    // no boot entry of ours of that id
 	ErrUnsupported    = errPrefix + "Unsupported"    // this PC's boot loader can't be given that
 	ErrChanged        = errPrefix + "Changed"        // another program changed the boot files meanwhile
-	ErrNothing        = errPrefix + "NothingToDo"    // there is nothing to roll back
+	ErrNothing        = errPrefix + "NothingToDo"    // there is nothing to roll back or to resume
 )
 
 // Error is an error of the contract.

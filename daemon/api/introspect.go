@@ -170,6 +170,7 @@ const (
     <property name="ReadOnly" type="b" access="read"/>
     <property name="Contents" type="a(stss)" access="read"/>
     <property name="Refused" type="a(ssb)" access="read"/>
+    <property name="Interrupted" type="s" access="read"/>
   </interface>
 `
 	introspectEntry = `  <interface name="org.memlinux.Memlinux1.BootEntry">

@@ -14,6 +14,8 @@ type Report struct {
 	Verified bool      `json:"verified"` // every check that was asked for was run and passed
 	Warnings []string  `json:"warnings,omitempty"`
 	Seconds  float64   `json:"seconds"` // from the job's start
+
+	Resumed string `json:"resumed,omitempty"` // the job whose interrupted write this one went on with
 }
 
 // Target is the disk or file that a job is about.
@@ -153,6 +155,13 @@ type Plan struct {
 	Refused []Reason // every reason against writing it; empty when it may be written
 	Mounts  []Mount  // where the device, or something on it, is mounted
 	Erases  []Content
+
+	// Interrupted is the job whose write to the device was interrupted, which
+	// [OptResume] goes on with; "" for none.
+	Interrupted string
+	// Agreed: it is surely that device, and nothing has come on it since, so that
+	// what a person agreed to then still holds.
+	Agreed bool
 }
 
 // Mount is a place where a device is mounted.
@@ -196,6 +205,10 @@ type Device struct {
 	ReadOnly   bool      `json:"read_only"`
 	Contents   []Content `json:"contents,omitempty"`
 	Refused    []Reason  `json:"refused,omitempty"`
+
+	// Interrupted is the job whose write to the device was interrupted, which
+	// [OptResume] goes on with.
+	Interrupted string `json:"interrupted,omitempty"`
 }
 
 // Job is a job as the bus shows it.

@@ -74,9 +74,9 @@ type stored struct {
 }
 
 // Open makes the registry whose state lies in dir. Jobs there whose daemon
-// lives no more are published as failed; those that ended longer than
-// retention ago are forgotten.
-func Open(dir string, retention time.Duration, events Events) (*Registry, error) {
+// lives no more are published as failed, with what next says that can be done
+// about it; those that ended longer than retention ago are forgotten.
+func Open(dir string, retention time.Duration, events Events, next func(api.Job) string) (*Registry, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // holds nothing secret; the files have their own modes
 		return nil, fmt.Errorf("job state: %w", err)
 	}
@@ -89,7 +89,7 @@ func Open(dir string, retention time.Duration, events Events) (*Registry, error)
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, errors.Join(fmt.Errorf("job state: lock: %w", err), lock.Close())
 	}
-	if err := r.load(); err != nil {
+	if err := r.load(next); err != nil {
 		r.Close()
 		return nil, err
 	}
@@ -110,7 +110,7 @@ func (r *Registry) alive(instance string) bool {
 	return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil
 }
 
-func (r *Registry) load() error {
+func (r *Registry) load(next func(api.Job) string) error {
 	locks, err := filepath.Glob(filepath.Join(r.dir, "*.lock"))
 	if err != nil {
 		return err
@@ -138,7 +138,7 @@ func (r *Registry) load() error {
 				continue // another daemon's, and it will say how it ends
 			}
 			s.Job.State, s.Job.Error = api.StateFailed, api.ErrFailed
-			s.Job.Message = "interrupted: memlinuxd ended during " + s.Job.Phase + "; run the command again"
+			s.Job.Message = "interrupted: memlinuxd ended during " + s.Job.Phase + "; " + next(s.Job)
 			s.Ended = time.Now()
 			if err := r.save(s); err != nil {
 				return err

@@ -30,7 +30,7 @@ func (r *recorder) JobRemoved(string)    { r.mu.Lock(); r.forgotten++; r.mu.Unlo
 func open(t *testing.T, dir string, retention time.Duration) (*Registry, *recorder) {
 	t.Helper()
 	rec := &recorder{}
-	r, err := Open(dir, retention, rec)
+	r, err := Open(dir, retention, rec, func(api.Job) string { return "run the command again" })
 	if err != nil {
 		t.Fatal(err)
 	}

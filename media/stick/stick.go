@@ -68,6 +68,11 @@ type Spec struct {
 // becomes a random one.
 type GUIDs struct{ Disk, BIOSBoot, ESP string }
 
+// RandomGUIDs are fresh ones.
+func RandomGUIDs() GUIDs {
+	return GUIDs{Disk: randomGUID(), BIOSBoot: randomGUID(), ESP: randomGUID()}
+}
+
 // Image lays the stick out. The first MiB and the file system's metadata are in
 // it in full, and zeros wherever else on the disk and in the partition an old
 // signature could be found (media.Image.EraseSignatures), so that no old partition
