@@ -10,7 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/media"
+	"github.com/memlinux/memlinux/media/blockdev"
+	"github.com/memlinux/memlinux/testvm/need"
 )
 
 var someStick = diskID{Serial: "4C53", Vendor: "Sandy", Model: "Blade", Size: 8 << 30, SectorSize: 512, Number: 7, Kernel: "boot"}
@@ -242,5 +245,65 @@ func TestAdvice(t *testing.T) {
 		if got := strings.Contains(c.w.advise(c.err).Error(), "--resume"); got != c.want {
 			t.Errorf("%s: %v", c.name, c.w.advise(c.err))
 		}
+	}
+}
+
+// Who may go on with a write, and with which: another user's could hold secrets,
+// and a disk that only may be the one must still be void.
+func TestResumable(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, make([]byte, 4<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Base(need.Loop(t, path, "512"))
+	f, d, err := blockdev.System{}.OpenRead(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := d.Token(f)
+	f.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk, err := blockdev.System{}.Open(t.Context(), name, token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer disk.Close()
+	this := identify(disk.Device())
+	before := this // it was plugged in
+	before.Number++
+	content := make([]byte, 4096)
+	for _, c := range []struct {
+		name    string
+		disk    diskID
+		content byte // of its first bytes
+		uid     uint32
+		want    string // error
+	}{
+		{"the same disk", this, 0, 1000, ""},
+		{"by root", this, 0, 0, ""},
+		{"by another user", this, 0, 1001, api.ErrNotAuthorized},
+		{"not void any more, and surely the same", this, 1, 1000, ""},
+		{"perhaps the same, and void", before, 0, 1000, ""},
+		{"perhaps the same, and not void", before, 1, 1000, api.ErrNothing},
+		{"another", someStick, 0, 1000, api.ErrNothing},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := &Server{interruptions: testInterruptions(t)}
+			w, err := s.interruptions.begin(interruption{Job: "a", Owner: 1000, Disk: c.disk, Began: time.Now()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.close()
+			content[5] = c.content
+			if _, err := disk.WriteAt(content, 0); err != nil {
+				t.Fatal(err)
+			}
+			r, err := s.resumable(&call{uid: c.uid}, disk)
+			if c.want == "" && (err != nil || r.Job != "a") || c.want != "" && (err == nil || api.ErrorName(err) != c.want) {
+				t.Errorf("%+v, %v", r, err)
+			}
+		})
 	}
 }

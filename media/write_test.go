@@ -230,7 +230,7 @@ func TestWrite(t *testing.T) {
 			rest := behindHead(im)
 			compared := res.Compared
 			res.Compared = 0
-			if res != (Result{Bytes: im.DataBytes(), DigestWritten: want, DigestRead: want, Written: rest, Head: im.DataBytes() - rest}) {
+			if res != (Result{Bytes: im.DataBytes(), DigestWritten: want, DigestRead: want, Begun: true, Written: rest, Head: im.DataBytes() - rest}) {
 				t.Errorf("result %+v, want %d bytes of %s", res, im.DataBytes(), want)
 			}
 			if compared > rest {

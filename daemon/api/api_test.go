@@ -64,7 +64,7 @@ func overTheBus(t *testing.T, p Properties) Properties {
 
 func TestDeviceRoundTrip(t *testing.T) {
 	d := Device{Name: "sdb", Path: "/dev/sdb", Size: 8 << 30, SectorSize: 512, Vendor: "V", Model: "M", Serial: "S", Transport: "usb", Removable: true,
-		Contents: []Content{{"sdb1", 4 << 30, "vfat", "STICK"}}, Refused: []Reason{{"mounted", "sdb1 is mounted on /mnt", false}, {"too-large", "sdb is large", true}}}
+		Contents: []Content{{"sdb1", 4 << 30, "vfat", "STICK"}}, Refused: []Reason{{"mounted", "sdb1 is mounted on /mnt", false}, {"too-large", "sdb is large", true}}, Interrupted: "1"}
 	got, err := DeviceFrom(overTheBus(t, d.Properties()))
 	if err != nil {
 		t.Fatal(err)
@@ -78,7 +78,7 @@ func TestDeviceRoundTrip(t *testing.T) {
 }
 
 func TestPlanRoundTrip(t *testing.T) {
-	p := Plan{Token: "t", Refused: []Reason{{"swap", "sdb2 is swap", false}}, Mounts: []Mount{{"sdb1", "/media/u/\xff", "vfat", true}}, Erases: []Content{{"sdb", 1, "gpt", ""}}}
+	p := Plan{Token: "t", Refused: []Reason{{"swap", "sdb2 is swap", false}}, Mounts: []Mount{{"sdb1", "/media/u/\xff", "vfat", true}}, Erases: []Content{{"sdb", 1, "gpt", ""}}, Interrupted: "1", Agreed: true}
 	got, err := PlanFrom(overTheBus(t, p.Dictionary()))
 	if err != nil {
 		t.Fatal(err)
