@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -531,19 +532,46 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 	}
 	d.written.Store(true)
 	if d.direct(p, off) {
-		return d.f.WriteAt(p, off)
+		return writeAt(d.f, p, off)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	n := 0
 	for n < len(p) {
-		m, err := d.f.WriteAt(d.bounce[:copy(d.bounce, p[n:])], off+int64(n))
+		m, err := writeAt(d.f, d.bounce[:copy(d.bounce, p[n:])], off+int64(n))
 		n += m
 		if err != nil {
 			return n, err
 		}
 	}
 	return n, nil
+}
+
+// writeAt is [os.File.WriteAt], which does not say how much was written before an
+// error: with that, where a disk ends is known.
+func writeAt(f *os.File, p []byte, off int64) (n int, err error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var why error
+	// Control lets several writes go at once, and holds up Close.
+	err = raw.Control(func(fd uintptr) {
+		for n < len(p) && why == nil {
+			var m int
+			switch m, why = unix.Pwrite(int(fd), p[n:], off+int64(n)); {
+			case errors.Is(why, unix.EINTR):
+				why = nil
+			case why == nil && m == 0:
+				why = io.ErrShortWrite
+			}
+			n += max(m, 0)
+		}
+	})
+	if err == nil && why != nil {
+		err = &fs.PathError{Op: "write", Path: f.Name(), Err: why}
+	}
+	return n, err
 }
 
 // Sync flushes the device's own cache.

@@ -6,11 +6,15 @@
 package need
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // All reports whether every need must be met (MEMLINUX_TEST_ALL=1).
@@ -91,4 +95,24 @@ func Cache(t testing.TB) string {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// FUSE needs root and a kernel with FUSE, and returns its device, open. The test
+// has to mount it. In a container the device's node may be missing: then one of
+// the test's own is made, if the container may.
+func FUSE(t testing.TB) *os.File {
+	t.Helper()
+	Root(t)
+	const node, major, minor = "/dev/fuse", 10, 229 // Linux Documentation/admin-guide/devices.txt
+	f, err := os.OpenFile(node, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		own := filepath.Join(t.TempDir(), "fuse")
+		if err = unix.Mknod(own, unix.S_IFCHR|0o600, int(unix.Mkdev(major, minor))); err == nil {
+			f, err = os.OpenFile(own, os.O_RDWR, 0)
+		}
+	}
+	if err != nil {
+		unmet(t, "needs a kernel with FUSE (modprobe fuse), and in a container leave to use the device %d:%d: %v", major, minor, err)
+	}
+	return f
 }
