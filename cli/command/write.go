@@ -288,7 +288,7 @@ func (g *global) writeSeveral(ctx context.Context, w *writeFlags, targets []stri
 	var first error
 	for _, s := range sticks {
 		if s.err != nil {
-			s.err = &api.Error{Name: api.ErrorName(s.err), Message: fmt.Sprintf("/dev/%s: %v", s.name, s.err)}
+			s.err = fmt.Errorf("/dev/%s: %w", s.name, s.err)
 		}
 		g.nameSource(s.job.Report)
 		switch {
