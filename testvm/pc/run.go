@@ -31,6 +31,7 @@ type Guest struct {
 	MemoryMiB int  // 0 means 1024
 	NVMe      bool // the disk is nvme0n1, not sda on AHCI
 	Boots     []string
+	Sticks    []Stick // plugged in at power-on; with some, they can be unplugged
 }
 
 // Machine is a PC that runs. One QEMU goes on over all reboots, so that
@@ -80,6 +81,9 @@ func Start(t testing.TB, p *PC, g Guest) *Machine {
 			args = append(args, "-chardev", fmt.Sprintf("file,id=out%d,path=%s", n+1, quoted(m.out(n+1))),
 				"-device", fmt.Sprintf("virtserialport,name=out%d,chardev=out%d", n+1, n+1))
 		}
+	}
+	if len(g.Sticks) > 0 {
+		args = append(args, m.sticks(g.Sticks)...)
 	}
 	if p.Firmware == uefi {
 		code := need.File(t, "/usr/share/OVMF/OVMF_CODE_4M.fd", "ovmf")
