@@ -53,22 +53,26 @@ func (b bench) stick() error {
 	device := strings.TrimSpace(string(out))
 	defer exec.Command("losetup", "--detach", device).Run() //nolint:errcheck // it goes with its file at the latest
 
-	sides := func() (us, dd, bmaptool, both *side, err error) {
+	etcherArgv, noEtcher := etcherSDK()
+	sides := func() (us, dd, bmaptool, both *side, others []*side, err error) {
 		// What was on the stick before is in nobody's way to be left there.
 		stale := func() error { return fill(device, 0xa5) }
 		if us, err = ours("extents, with read-back", "stick", image, device); err != nil {
-			return nil, nil, nil, nil, err
+			return nil, nil, nil, nil, nil, err
 		}
 		if both, err = ours("", "bmap", bmap, image, device); err != nil {
-			return nil, nil, nil, nil, err
+			return nil, nil, nil, nil, nil, err
 		}
 		both.name = "bmaptool copy, then a read-back"
 		dd = &side{name: "dd oflag=direct, all 512 MiB", argv: []string{"dd", "if=" + image, "of=" + device, "bs=4M", "oflag=direct", "conv=fsync", "status=none"}}
 		bmaptool = &side{name: "bmaptool copy, no read-back", argv: []string{"bmaptool", "--quiet", "copy", "--bmap", bmap, image, device}}
-		for _, s := range []*side{us, dd, bmaptool, both} {
+		if noEtcher == nil {
+			others = []*side{{name: "etcher-sdk, all 512 MiB, with read-back", argv: append(etcherArgv, image, device, fmt.Sprint(stickBytes)), rounds: 2}}
+		}
+		for _, s := range append(others, us, dd, bmaptool, both) {
 			s.before = stale
 		}
-		return us, dd, bmaptool, both, nil
+		return us, dd, bmaptool, both, others, nil
 	}
 	show := func(title string, all ...*side) {
 		fmt.Printf("\n%s\n  %-40s %8s %8s %9s\n", title, "", "wall s", "CPU s", "peak MiB")
@@ -77,14 +81,18 @@ func (b bench) stick() error {
 		}
 	}
 
-	us, dd, bmaptool, both, err := sides()
+	us, dd, bmaptool, both, others, err := sides()
 	if err != nil {
 		return err
 	}
-	if err := inTurn(5, us, dd, bmaptool, both); err != nil {
+	all := append([]*side{us, dd, bmaptool, both}, others...)
+	if err := inTurn(5, all...); err != nil {
 		return err
 	}
-	show("512 MiB with 60 MiB of data on a loop device", us, dd, bmaptool, both)
+	show("512 MiB with 60 MiB of data on a loop device", all...)
+	if noEtcher != nil {
+		fmt.Printf("  etcher-sdk is left out: %v\n", noEtcher)
+	}
 	figure("wall, memlinux / dd", "%.2f", float64(median(us.wall))/float64(median(dd.wall)), 1)
 	figure("memlinux's peak, MiB", "%.1f", mib(median(us.peak)), 32)
 	holes := func(s *side) {
@@ -105,11 +113,11 @@ func (b bench) stick() error {
 		return err
 	}
 	fmt.Printf("  the same image once more: %s\n", strings.TrimSpace(string(us.out)))
-	fmt.Println("  etcher-sdk is left out: it is no Debian package")
 
-	if us, dd, bmaptool, both, err = sides(); err != nil {
+	if us, dd, bmaptool, both, others, err = sides(); err != nil {
 		return err
 	}
+	all = append([]*side{us, dd, bmaptool, both}, others...)
 	slow, err := slowDown(device)
 	if err != nil {
 		fmt.Printf("\nthe slow device is left out: %v\n", err)
@@ -117,7 +125,7 @@ func (b bench) stick() error {
 	}
 	defer slow()
 	// The stale bytes need not come slowly.
-	for _, s := range []*side{us, dd, bmaptool, both} {
+	for _, s := range all {
 		s.before = func() error {
 			slow()
 			if err := fill(device, 0xa5); err != nil {
@@ -127,11 +135,13 @@ func (b bench) stick() error {
 			return err
 		}
 	}
-	dd.rounds = 1
-	if err := inTurn(3, us, dd, bmaptool, both); err != nil {
+	for _, s := range append(others, dd) {
+		s.rounds = 1
+	}
+	if err := inTurn(3, all...); err != nil {
 		return err
 	}
-	show("the same, and the device takes 30 MB/s", us, dd, bmaptool, both)
+	show("the same, and the device takes 30 MB/s", all...)
 	figure("wall, memlinux / (60 MiB / rate)", "%.3f", median(us.wall).Seconds()/(float64(stickData)/slowRate), 1.05)
 	figure("wall, memlinux / bmaptool", "%.2f", float64(median(us.wall))/float64(median(bmaptool.wall)), 1)
 	figure("wall, memlinux / bmaptool and a read-back", "%.2f", float64(median(us.wall))/float64(median(both.wall)), 1)
