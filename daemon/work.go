@@ -406,6 +406,11 @@ func (s *Server) put(ctx context.Context, j *jobs.Job, report *api.Report, sys *
 	}
 	if err != nil {
 		report.Image.Fault = string(media.FaultOf(err))
+		// Who cancelled since the disk does not answer has to hear so.
+		var device *media.DeviceError
+		if ctx.Err() != nil && errors.As(err, &device) {
+			return report, &api.Error{Name: api.ErrCancelled, Message: device.Error()}
+		}
 		return report, record.advise(err)
 	}
 	if result.DigestWritten != report.Image.SHA256Planned || result.DigestRead != report.Image.SHA256Planned {

@@ -416,12 +416,40 @@ func findDaemon() (string, error) {
 	return "", fmt.Errorf("memlinuxd is not at %s; run make, or make install", strings.Join(places, " or "))
 }
 
-// stop asks the daemon to end, which cancels its jobs, and waits for it.
+// stop asks the daemon to end, which cancels its jobs, and waits for it; but not for
+// a thread that the kernel does not give back, since a disk does not answer.
 func (d *privateDaemon) stop() {
 	_ = d.stdin.Close()
-	kill := time.AfterFunc(time.Minute, func() { _ = d.cmd.Process.Kill() })
-	defer kill.Stop()
-	_ = d.cmd.Wait() // how it ended matters no more
+	ended := make(chan struct{})
+	go func() {
+		_ = d.cmd.Wait() // how it ended matters no more
+		close(ended)
+	}()
+	kill := time.After(time.Minute)
+	look := time.NewTicker(500 * time.Millisecond)
+	defer look.Stop()
+	for stuck := 0; stuck < 3; {
+		select {
+		case <-ended:
+			return
+		case <-kill:
+			_ = d.cmd.Process.Kill()
+		case <-look.C:
+			if d.exited() {
+				stuck++
+			}
+		}
+	}
+}
+
+// exited tells whether the daemon's first thread has ended: with it, all that can.
+func (d *privateDaemon) exited() bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", d.cmd.Process.Pid)) // proc(5): PID (NAME) STATE
+	if err != nil {
+		return false
+	}
+	_, rest, _ := bytes.Cut(stat[bytes.LastIndexByte(stat, ')')+1:], []byte(" "))
+	return len(rest) > 0 && rest[0] == 'Z'
 }
 
 func (d *privateDaemon) lastWords() string { return d.words.last() }

@@ -1,11 +1,15 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/media/mediatest"
@@ -93,5 +97,44 @@ func TestFaultySticks(t *testing.T) {
 				t.Error("the head is not void")
 			}
 		})
+	}
+}
+
+// A stick that answers no more: Ctrl-C ends the command, though the kernel does
+// not give back what it was asked for.
+func TestSilentStick(t *testing.T) {
+	const mib = 1 << 20
+	w := newWorld(t)
+	d := mediatest.New(t, 64*mib, 512)
+	silent := make(chan struct{})
+	var once sync.Once
+	d.Break(mediatest.Faults{Fail: func(c mediatest.Call) syscall.Errno {
+		if c.Write && c.Touches(4*mib) {
+			once.Do(func() { close(silent) })
+			d.Hold()
+			return syscall.EIO
+		}
+		return 0
+	}})
+	cmd := w.command("--json", "write", "--yes", "--no-boot-test", d.Path)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	stuck := time.AfterFunc(time.Minute, func() { cmd.Process.Kill() })
+	defer stuck.Stop()
+	select {
+	case <-silent:
+	case <-time.After(time.Minute): // and stuck ends it
+	}
+	cmd.Process.Signal(os.Interrupt)
+	cmd.Wait()
+	outcome{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}.wants(t, 130, "cancelled during write: the disk does not answer: unplug it")
+	if r := lastReport(t, stdout.String()); r.Image == nil || r.Image.Fault != "stalled" {
+		t.Errorf("the report is of %+v", r)
+	}
+	if strings.Trim(string(d.Holds(0, mib)), "\x00") != "" {
+		t.Error("the head is not void")
 	}
 }

@@ -452,6 +452,10 @@ func (j *Job) finish(ctx context.Context, report *api.Report, err error) {
 	case ctx.Err() != nil:
 		j.state.State, j.state.Error = api.StateCancelled, api.ErrCancelled
 		j.state.Message = "cancelled during " + j.state.Phase
+		var told *api.Error
+		if errors.As(err, &told) && told.Name == api.ErrCancelled {
+			j.state.Message += ": " + told.Message
+		}
 	default:
 		j.state.State, j.state.Error, j.state.Message = api.StateFailed, api.ErrorName(err), err.Error()
 	}

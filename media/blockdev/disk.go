@@ -118,6 +118,7 @@ type Disk struct {
 	mu      sync.Mutex // guards bounce
 	bounce  []byte     // for memory that the device can't take directly
 	written atomic.Bool
+	calls   atomic.Int32 // that the kernel has not given back
 }
 
 // Terms is what a person, or the work to be done, lays down beyond the disk
@@ -457,11 +458,13 @@ func (d *Disk) notBackedBy(source *os.File) error {
 }
 
 func ioctl64(f *os.File, request uintptr) (v uint64, err error) {
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(unsafe.Pointer(&v))) //nolint:gosec // the ioctl fills in v
-	if errno != 0 {
-		return 0, errno
-	}
-	return v, nil
+	err = with(f, func(fd int) error {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(unsafe.Pointer(&v))); errno != 0 { //nolint:gosec // the ioctl fills in v
+			return errno
+		}
+		return nil
+	})
+	return v, err
 }
 
 // Device is the disk as it was when it was opened, without its contents.
@@ -496,6 +499,8 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, fmt.Errorf("read %s: negative offset", d.device.Name)
 	}
+	d.calls.Add(1)
+	defer d.calls.Add(-1)
 	if d.direct(p, off) {
 		return d.f.ReadAt(p, off)
 	}
@@ -531,6 +536,8 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 		return 0, fmt.Errorf("write %d bytes at %d, the disk ends at %d: %w", len(p), off, d.Size(), unix.ENOSPC)
 	}
 	d.written.Store(true)
+	d.calls.Add(1)
+	defer d.calls.Add(-1)
 	if d.direct(p, off) {
 		return writeAt(d.f, p, off)
 	}
@@ -550,32 +557,43 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 // writeAt is [os.File.WriteAt], which does not say how much was written before an
 // error: with that, where a disk ends is known.
 func writeAt(f *os.File, p []byte, off int64) (n int, err error) {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var why error
-	// Control lets several writes go at once, and holds up Close.
-	err = raw.Control(func(fd uintptr) {
-		for n < len(p) && why == nil {
-			var m int
-			switch m, why = unix.Pwrite(int(fd), p[n:], off+int64(n)); {
-			case errors.Is(why, unix.EINTR):
-				why = nil
-			case why == nil && m == 0:
-				why = io.ErrShortWrite
+	err = with(f, func(fd int) error {
+		for n < len(p) {
+			m, err := unix.Pwrite(fd, p[n:], off+int64(n))
+			switch n += max(m, 0); {
+			case errors.Is(err, unix.EINTR):
+			case err != nil:
+				return &fs.PathError{Op: "write", Path: f.Name(), Err: err}
+			case m == 0:
+				return io.ErrShortWrite
 			}
-			n += max(m, 0)
 		}
+		return nil
 	})
-	if err == nil && why != nil {
-		err = &fs.PathError{Op: "write", Path: f.Name(), Err: why}
-	}
 	return n, err
 }
 
+// with calls do with the file's descriptor, which stays that file's meanwhile,
+// even if it is closed: a device that does not answer gives calls back when nobody
+// waits for them any more. Several may be made at once.
+func with(f *os.File, do func(fd int) error) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var why error
+	if err := raw.Control(func(fd uintptr) { why = do(int(fd)) }); err != nil {
+		return err
+	}
+	return why
+}
+
 // Sync flushes the device's own cache.
-func (d *Disk) Sync() error { return d.f.Sync() }
+func (d *Disk) Sync() error {
+	d.calls.Add(1)
+	defer d.calls.Add(-1)
+	return d.f.Sync()
+}
 
 // Present is nil while the disk is plugged in, else an error that is
 // [unix.ENODEV]. It does not wait for the disk.
@@ -591,10 +609,11 @@ func (d *Disk) Present() error {
 }
 
 // Close lets the kernel read the new partition table, if anything was written,
-// and gives the disk free. An error does not take back what was synced.
+// and gives the disk free. An error does not take back what was synced. A disk that
+// holds up a call is left as it is: it would hold up Close, too.
 func (d *Disk) Close() error {
 	var err error
-	if d.written.Load() {
+	if d.written.Load() && d.calls.Load() == 0 {
 		err = d.rereadTable()
 	}
 	return errors.Join(err, d.release())

@@ -29,8 +29,12 @@ func (d *Disk) ZeroRange(off, n int64) (done bool, err error) {
 		return true, nil
 	}
 	d.written.Store(true)
+	d.calls.Add(1)
+	defer d.calls.Add(-1)
 	for {
-		err := unix.Fallocate(int(d.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		err := with(d.f, func(fd int) error {
+			return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		})
 		switch {
 		case err == nil:
 			return true, nil
