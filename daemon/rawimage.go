@@ -13,6 +13,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -115,6 +116,7 @@ func streamImage(ctx context.Context, j *jobs.Job, report *api.Report, f *os.Fil
 	if err != nil && !errors.Is(err, io.EOF) {
 		return fmt.Errorf("read the image: %w", err)
 	}
+	image := &checked{given: given, want: sum}
 	var plain io.Reader = in
 	if format := tarball.Format(magic); format != "" {
 		source.Format = format
@@ -122,12 +124,15 @@ func streamImage(ctx context.Context, j *jobs.Job, report *api.Report, f *os.Fil
 		if err != nil {
 			return fmt.Errorf("read the image: %w", err)
 		}
-		defer z.Close()
 		plain = z
+		defer func() {
+			stop()
+			image.close(z)
+		}()
 	} else if size > disk.Size() {
 		return &media.NoSpaceError{Where: "the disk", Need: size, Have: disk.Size()}
 	}
-	image := &checked{given: given, plain: plain, want: sum}
+	image.plain = plain
 	// The first MiB is looked at before anything is erased.
 	first := bufio.NewReaderSize(image, 1<<20)
 	head, err := first.Peek(first.Size())
@@ -362,11 +367,34 @@ type checked struct {
 	plain io.Reader
 	want  string // hex; "" for none
 
+	reading sync.Mutex // held by Read
+
 	mu sync.Mutex
 	n  int64
 }
 
+// closePatience is how long one waits for a file on a file system that does not answer.
+const closePatience = 5 * time.Second
+
+// close closes the decompressor, which a Read may still use that nobody waits for any more:
+// after a disk has failed while a pipe gave nothing.
+func (c *checked) close(z io.Closer) {
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		c.reading.Lock()
+		defer c.reading.Unlock()
+		_ = z.Close() // it was read from
+	}()
+	select {
+	case <-closed:
+	case <-time.After(closePatience):
+	}
+}
+
 func (c *checked) Read(p []byte) (n int, err error) {
+	c.reading.Lock()
+	defer c.reading.Unlock()
 	n, err = c.plain.Read(p)
 	c.mu.Lock()
 	c.n += int64(n)
