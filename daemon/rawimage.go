@@ -60,7 +60,10 @@ func (s *Server) writeImage(c *call, o *options) ([]any, error) {
 		// Held to the end, as with an image of ours.
 		defer disk.Close()
 		report := &api.Report{Kind: api.KindWrite, Target: deviceTarget(dev)}
-		if err := streamImage(ctx, j, report, f, size, strings.ToLower(sum), disk); err != nil {
+		if err := streamImage(ctx, j, report, f, size, strings.ToLower(sum), disk, func() {
+			s.interruptions.forget(identify(dev))
+			s.devices.lookAgain()
+		}); err != nil {
 			return report, err
 		}
 		back, _, err := s.devices.system.OpenRead(ctx, dev.Name)
@@ -101,8 +104,9 @@ func imageSize(f *os.File) (int64, error) {
 	return max(0, info.Size()-at), nil
 }
 
-// streamImage writes the image that f gives on the disk, and reads it back.
-func streamImage(ctx context.Context, j *jobs.Job, report *api.Report, f *os.File, size int64, sum string, disk *blockdev.Disk) error {
+// streamImage writes the image that f gives on the disk, and reads it back. begin is called
+// just before the disk is changed.
+func streamImage(ctx context.Context, j *jobs.Job, report *api.Report, f *os.File, size int64, sum string, disk *blockdev.Disk, begin func()) error {
 	j.Begin(phaseWrite)
 	reading, stop := context.WithCancel(ctx)
 	defer stop() // what reads ahead, too
@@ -143,6 +147,7 @@ func streamImage(ctx context.Context, j *jobs.Job, report *api.Report, f *os.Fil
 		return err
 	}
 
+	begin()
 	result, err := media.WriteStream(ctx, disk, media.Stream{Reader: first, Expected: func() int64 {
 		if source.Format == "raw" {
 			return max(0, size)

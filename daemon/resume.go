@@ -186,6 +186,17 @@ func (in *interruptions) begin(r interruption) (*writeRecord, error) {
 	return w, nil
 }
 
+// forget drops what was interrupted of writes to a disk on which now something else is
+// written.
+func (in *interruptions) forget(disk diskID) {
+	w := writeRecord{in: in}
+	for _, old := range in.waiting() {
+		if _, surely := disk.is(old.Disk); surely {
+			w.remove(old.Job)
+		}
+	}
+}
+
 // sync makes the folder's names durable.
 func (in *interruptions) sync() error {
 	d, err := os.Open(in.dir)

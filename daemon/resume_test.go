@@ -145,6 +145,11 @@ func TestRecordsOfWrites(t *testing.T) {
 			w.committed()
 			w.close()
 		}, "a"},
+		{"something else is written on the disk", func(t *testing.T, in *interruptions) {
+			in.put(t, "a", other, time.Hour).close()
+			in.put(t, "b", someStick, 0).close()
+			in.forget(someStick)
+		}, "a"},
 		{"too old", func(t *testing.T, in *interruptions) { in.put(t, "a", someStick, keepInterrupted+time.Hour).close() }, ""},
 		{"a nil one does nothing", func(_ *testing.T, _ *interruptions) {
 			var w *writeRecord

@@ -106,6 +106,7 @@ func WriteStream(ctx context.Context, d WholeDisk, s Stream, progress Progress) 
 	} else {
 		w.res.Length = w.stream.length
 	}
+	w.res.Begun = w.state != headOld
 	return w.res, err
 }
 

@@ -67,7 +67,7 @@ func TestWriteStream(t *testing.T) {
 				}
 				sum := sha256.Sum256(p)
 				want := hex.EncodeToString(sum[:])
-				if res.DigestWritten != want || res.DigestRead != want || res.Length != n || res.Head != mib || res.Bytes != mib+res.Written+res.Zeroed+res.Skipped || res.Rewritten != 0 {
+				if res.DigestWritten != want || res.DigestRead != want || res.Length != n || !res.Begun || res.Head != mib || res.Bytes != mib+res.Written+res.Zeroed+res.Skipped || res.Rewritten != 0 {
 					t.Errorf("%+v, want %s of %d", res, want, n)
 				}
 				if fmt.Sprint(phases) != fmt.Sprint([]string{PhaseWrite, PhaseReadBack}) || last[PhaseWrite] != totals[PhaseWrite] || last[PhaseReadBack] != totals[PhaseReadBack] {
@@ -274,6 +274,9 @@ func TestStreamThatFails(t *testing.T) {
 			res, err := WriteStream(t.Context(), sizedDisk{d, 512}, Stream{Reader: io.MultiReader(bytes.NewReader(all[:n]), iotest.ErrReader(broken))}, nil)
 			if !errors.Is(err, broken) || res.DigestRead != "" {
 				t.Fatalf("%+v, %v", res, err)
+			}
+			if res.Begun != (n >= mib) {
+				t.Errorf("begun: %v", res.Begun)
 			}
 			if n < mib {
 				if len(d.log) != 0 || !strings.Contains(err.Error(), "nothing was written") {
