@@ -174,6 +174,16 @@ func TestForeignImage(t *testing.T) {
 		w.run("write", "--yes", "--no-boot-test", "--image", iso, dev).wants(t, 0)
 		startsWith(t, backing, p)
 	})
+	t.Run("two devices", func(t *testing.T) {
+		second := filepath.Join(t.TempDir(), "second")
+		for _, file := range []string{backing, second} {
+			stale(t, file, 16)
+		}
+		other := need.Loop(t, second, "512")
+		w.run("write", "--yes", "--no-boot-test", "--image", raw, "--sha256", sum(image), dev, other).wants(t, 0)
+		startsWith(t, backing, image)
+		startsWith(t, second, image)
+	})
 	t.Run("a sum that is another", func(t *testing.T) {
 		stale(t, backing, 16)
 		o := write(raw, "--sha256", strings.Repeat("0", 64), dev)
@@ -312,6 +322,20 @@ func TestForeignImageBoots(t *testing.T) {
 	if b := r.Boots[1]; !b.Skipped || !strings.Contains(b.Reason, "BOOTX64.EFI") {
 		t.Errorf("UEFI: %+v", b)
 	}
+	t.Run("a table for other sectors", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "disk")
+		if err := os.WriteFile(path, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(path, 64<<20); err != nil {
+			t.Fatal(err)
+		}
+		o := w.run("write", "--yes", "--no-boot-test", "--image", img, need.Loop(t, path, "4096"))
+		o.wants(t, 0)
+		if !strings.Contains(o.stdout, "for sectors of 512 bytes, and the disk has 4096") {
+			t.Errorf("it says %s", o.stdout)
+		}
+	})
 	t.Run("nothing to boot", func(t *testing.T) {
 		file := w.file("state/data", fmt.Sprint(strings.Repeat("data ", 1000)))
 		o := w.run("--json", "write", "--yes", "--image", file, dev)
