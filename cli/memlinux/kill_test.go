@@ -142,6 +142,7 @@ func (v *victim) moments() []moment {
 // suffer has the daemon killed at all moments.
 func (v *victim) suffer() {
 	v.measure()
+	v.measure() // the shorter one is less the others' doing
 	fresh := true // the disk has the old system
 	v.restore()
 	var r *killedRun
@@ -213,7 +214,9 @@ func (v *victim) measure() {
 	v.wait(r, moment{reached: v.recorded})
 	recorded := time.Now()
 	v.wait(r, moment{reached: (*killedRun).ended})
-	v.all, v.end = time.Since(began), time.Since(recorded)
+	if all := time.Since(began); v.all == 0 || all < v.all {
+		v.all, v.end = all, time.Since(recorded)
+	}
 	job, err := d.job(r.path)
 	if err != nil || job.State != api.StateSucceeded {
 		v.t.Fatalf("a write that nobody disturbs: %+v, %v", job, err)
