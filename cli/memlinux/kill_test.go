@@ -142,7 +142,7 @@ func (v *victim) moments() []moment {
 // suffer has the daemon killed at all moments.
 func (v *victim) suffer() {
 	v.measure()
-	v.measure() // the shorter one is less the others' doing
+	v.measure()   // the shorter one is less the others' doing
 	fresh := true // the disk has the old system
 	v.restore()
 	var r *killedRun
