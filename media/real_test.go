@@ -50,10 +50,10 @@ func TestFaultMatrixOfRealDevices(t *testing.T) {
 		says  string
 		dead  bool // it takes nothing any more: what is in the head is what was there when it died
 	}
-	// failing fails all calls of a kind that touch a place.
+	// failing fails all calls of a kind in the chunk with a place.
 	failing := func(write bool, at int64) mediatest.Faults {
 		return mediatest.Faults{Fail: func(c mediatest.Call) syscall.Errno {
-			if c.Write == write && c.Touches(at) {
+			if c.Write == write && c.Off/chunkSize == at/chunkSize {
 				return syscall.EIO
 			}
 			return 0

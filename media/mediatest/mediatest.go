@@ -33,10 +33,13 @@ func (c Call) Touches(off int64) bool { return off >= c.Off && off < c.Off+c.N }
 
 // Faults are what is wrong with a disk. Places are in bytes.
 type Faults struct {
-	Flip     int64                    // a byte that reads with one bit flipped; 0: none
-	DropFrom int64                    // what is written from here on is lost; 0: nothing is
-	WrapAt   int64                    // the real size, at which places begin anew; 0: the whole
-	Fail     func(Call) syscall.Errno // the answer to a call, if it is not 0; it may wait
+	Flip     int64 // a byte that reads with one bit flipped; 0: none
+	DropFrom int64 // what is written from here on is lost; 0: nothing is
+	WrapAt   int64 // the real size, at which places begin anew; 0: the whole
+	// Fail gives the answer to a call, if it is not 0; it may wait. The kernel cuts calls
+	// up, and takes one whose first parts were written for done (Linux,
+	// drivers/block/loop.c, lo_complete_rq): the rest is then dropped without a word.
+	Fail func(Call) syscall.Errno
 }
 
 // Disk is a block device of a test.
@@ -44,7 +47,8 @@ type Disk struct {
 	Path string // /dev/loop0
 
 	t       testing.TB
-	dir     string // where the file is mounted
+	dir     string     // where the file is mounted
+	control sync.Mutex // guards device
 	device  *os.File
 	release chan struct{} // closed at the end: Hold waits for it
 
@@ -101,6 +105,8 @@ func New(t testing.TB, size int64, sectorSize int) *Disk {
 	}
 	t.Cleanup(func() {
 		d.readOnly(0) // it outlives the disk
+		d.control.Lock()
+		defer d.control.Unlock()
 		d.device.Close()
 	})
 	return d
@@ -133,6 +139,8 @@ func (d *Disk) Resize(size int64) {
 	if _, err := os.Stat(d.file()); err != nil {
 		d.t.Error(err)
 	}
+	d.control.Lock()
+	defer d.control.Unlock()
 	if err := unix.IoctlSetInt(int(d.device.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
 		d.t.Errorf("give %s another size: %v", d.Path, err)
 	}
@@ -143,6 +151,8 @@ func (d *Disk) Resize(size int64) {
 func (d *Disk) SetReadOnly() { d.readOnly(1) }
 
 func (d *Disk) readOnly(to int) {
+	d.control.Lock()
+	defer d.control.Unlock()
 	if err := unix.IoctlSetPointerInt(int(d.device.Fd()), unix.BLKROSET, to); err != nil {
 		d.t.Errorf("make %s read-only (%d): %v", d.Path, to, err)
 	}
