@@ -32,7 +32,7 @@ memlinux devices --json > plugged
 name=$(basename "$(readlink -f "$link")")
 memlinux write --json --yes --no-boot-test --kernel host "$link" > first 2> first-error &
 job=$!
-until grep -q '"phase":"write"' first; do
+until grep -q '"phase":"write".*"bytes":[1-9]' first; do
 	kill -0 $job
 	sleep 0.1
 done
@@ -46,13 +46,13 @@ echo $((($(date +%s%N) - gone) / 1000000)) > first-ms
 memlinux devices --json > unplugged
 echo pc: put it in
 stick
-memlinux write --json --yes --no-boot-test --kernel host "$link" > second
+memlinux write --json --resume --no-boot-test > second
 memlinux devices --json > again
 `
 
 // A real USB stick, as far as a machine's kernel can tell, is pulled out while it
-// is written: that is told at once and in plain words. Put in again it is written,
-// and boots.
+// is written: that is told at once and in plain words. Put in again, the write is
+// gone on with, and the stick boots.
 func TestUnplug(t *testing.T) {
 	w := newWorld(t)
 	kernel, config := kbuildtest.Kernel(t)
@@ -66,8 +66,8 @@ func TestUnplug(t *testing.T) {
 	if err := os.Truncate(image, 64<<20); err != nil {
 		t.Fatal(err)
 	}
-	// At first it needs minutes for what is to be written.
-	stick := pc.Stick{Serial: "MEMSTICK", Image: image, Rate: 64 << 10}
+	// At first it needs half a minute for what is to be written.
+	stick := pc.Stick{Serial: "MEMSTICK", Image: image, Rate: 256 << 10}
 	disk := pc.Build(t, pc.Spec{Loader: pc.GRUB2BIOS, Kernel: kernel, Config: config, Tree: tree, Files: map[string]string{
 		"usr/bin/busybox":      need.File(t, "/bin/busybox", "busybox-static"),
 		"usr/bin/grub-mkimage": need.Tool(t, "grub-mkimage", "grub-common"),
@@ -101,12 +101,14 @@ func TestUnplug(t *testing.T) {
 			t.Errorf("%s: the stick is listed: %v\n%s", file, got, files[file])
 		}
 	}
-	if r := lastReport(t, files["second"]); !r.Written || r.Target.Serial != stick.Serial {
-		t.Errorf("the report is of %+v", r)
+	second := lastReport(t, files["second"])
+	if !second.Written || second.Resumed == "" || second.Image.Unchanged == 0 || second.Target.Serial != stick.Serial {
+		t.Errorf("the report is of %+v, %+v", second, second.Image)
 	}
+	t.Logf("resumed: %d bytes written, %d were there", second.Image.Written, second.Image.Unchanged)
 	w.run("verify", "--no-boot-test", image).wants(t, 0)
 	c := w.console(t, "vm", image)
-	c.expect("memlinux: ready build=" + lastReport(t, files["second"]).System.ID)
+	c.expect("memlinux: ready build=" + second.System.ID)
 	c.expect("memlinux:~# ")
 	c.typed("poweroff\r")
 	c.ends(0)
