@@ -22,7 +22,7 @@ RUN_PACKAGES = busybox-static dbus-daemon grub-common grub-efi-amd64-bin grub-pc
 OPTION_PACKAGES = bc binutils bison bzip2 ccache console-setup dpkg-dev flex gcc kbd libc6-dev libelf-dev m4 make patch perl tzdata xkb-data
 # What the tests hold it against.
 TEST_PACKAGES = $(OPTION_PACKAGES) apt btrfs-progs cpio curl dosfstools e2fsprogs fdisk file gdisk git gnupg libcap2-bin libglib2.0-bin \
-	mmdebstrap mount mtools ncurses-bin openssl python3 qemu-utils shellcheck skopeo squashfs-tools strace systemd umoci xfsprogs xorriso zstd
+	mmdebstrap mount mtools ncurses-bin openssl python3 qemu-utils shellcheck skopeo squashfs-tools strace systemd systemd-container umoci xfsprogs xorriso zstd
 # What only the benchmarks hold it against.
 BENCH_PACKAGES = bmap-tools dracut-core initramfs-tools-core kmod
 
