@@ -5,7 +5,8 @@ SHELL = /bin/bash
 .SHELLFLAGS = -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
-VERSION ?= $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo devel)
+GIT = git -c safe.directory='*'
+VERSION ?= $(shell $(GIT) describe --tags --always --dirty 2>/dev/null || echo devel)
 GO ?= $(or $(shell command -v go),/usr/local/go/bin/go)
 GOLANGCI_LINT_VERSION = v2.15.0
 LDFLAGS = -s -w -X github.com/memlinux/memlinux/cli/command.Version=$(VERSION) -X main.version=$(VERSION)
@@ -26,18 +27,29 @@ TEST_PACKAGES = $(OPTION_PACKAGES) apt btrfs-progs cpio curl dosfstools e2fsprog
 # What only the benchmarks hold it against.
 BENCH_PACKAGES = bmap-tools dracut-core initramfs-tools-core kmod
 
+# What make deb packs with.
+DEB_PACKAGES = debhelper dpkg-dev
+
 prefix ?= /usr
 bindir ?= $(prefix)/bin
 libexecdir ?= $(prefix)/libexec
 datadir ?= $(prefix)/share
 unitdir ?= $(prefix)/lib/systemd/system
+tmpfilesdir ?= $(prefix)/lib/tmpfiles.d
+sysusersdir ?= $(prefix)/lib/sysusers.d
 
-.PHONY: all build demo test bench lint install clean
+.PHONY: all build manual demo test bench lint install deb clean
 
 all: build
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cli/memlinux ./cli/memlinux-write ./daemon/memlinuxd
+
+# The manual pages and shell completions, out of the commands' own descriptions
+# and docs/.
+manual:
+	rm -rf build/manual
+	$(GO) run -ldflags '-X github.com/memlinux/memlinux/cli/command.Version=$(VERSION)' ./cli/manual build/manual
 
 # The main job: makes an in-memory Linux, writes it into build/stick.img and
 # boots that under BIOS and UEFI.
@@ -62,13 +74,40 @@ lint:
 	$(GO) vet ./...
 	$(GO) run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION) run ./...
 
-install: build
+install: build manual
 	install -D -m 0755 -t $(DESTDIR)$(bindir) bin/memlinux bin/memlinux-write
 	install -D -m 0755 -t $(DESTDIR)$(libexecdir) bin/memlinuxd
 	install -d $(DESTDIR)$(unitdir) $(DESTDIR)$(datadir)/dbus-1/system-services
 	sed 's|@libexecdir@|$(libexecdir)|' systemd/memlinuxd.service > $(DESTDIR)$(unitdir)/memlinuxd.service
 	sed 's|@libexecdir@|$(libexecdir)|' systemd/org.memlinux.Memlinux1.service > $(DESTDIR)$(datadir)/dbus-1/system-services/org.memlinux.Memlinux1.service
 	install -D -m 0644 -t $(DESTDIR)$(datadir)/dbus-1/system.d systemd/org.memlinux.Memlinux1.conf
+	install -D -m 0644 systemd/memlinux.tmpfiles $(DESTDIR)$(tmpfilesdir)/memlinux.conf
+	$(if $(wildcard systemd/memlinux.sysusers),install -D -m 0644 systemd/memlinux.sysusers $(DESTDIR)$(sysusersdir)/memlinux.conf)
+	$(if $(wildcard systemd/*.policy),install -D -m 0644 -t $(DESTDIR)$(datadir)/polkit-1/actions $(wildcard systemd/*.policy))
+	for n in 1 5 8; do install -D -m 0644 -t $(DESTDIR)$(datadir)/man/man$$n build/manual/man/*.$$n; done
+	install -D -m 0644 -t $(DESTDIR)$(datadir)/bash-completion/completions build/manual/bash/*
+	install -D -m 0644 -t $(DESTDIR)$(datadir)/zsh/vendor-completions build/manual/zsh/*
+	install -D -m 0644 -t $(DESTDIR)$(datadir)/fish/vendor_completions.d build/manual/fish/*
+
+# The Debian package, build/deb/memlinux_*.deb, for this machine's Debian. It is
+# made of a copy of the source; the same commit gives the same bytes. A commit
+# that has not the changelog's version as its tag is one before that version.
+deb:
+	$(call install_packages,$(DEB_PACKAGES))
+	rm -rf build/deb
+	mkdir -p build/deb/memlinux
+	cp -R Makefile LICENSE README.md go.mod go.sum bootloader cli daemon debian docs imagegen media systemd testvm build/deb/memlinux
+	version=$$(dpkg-parsechangelog -S Version); \
+	if commit=$$($(GIT) rev-parse --short HEAD 2>/dev/null) && [ "$$($(GIT) describe --tags --always --dirty)" != "v$$version" ]; then \
+		count=$$($(GIT) rev-list --count HEAD); \
+		[ -z "$$($(GIT) status --porcelain)" ] || commit=$$commit.dirty; \
+		{ printf 'memlinux (%s) unstable; urgency=medium\n\n  * Commit %s.\n\n -- %s  %s\n\n' "$$version~git$$count.$$commit" "$$commit" \
+			"$$(dpkg-parsechangelog -S Maintainer)" "$$($(GIT) log -1 --format=%cD)"; cat debian/changelog; } > build/deb/memlinux/debian/changelog; \
+	fi
+	cd build/deb/memlinux && env PATH="$(dir $(GO)):$$PATH" GOMODCACHE="$$($(GO) env GOMODCACHE)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS="$$GOFLAGS" \
+		dpkg-buildpackage --build=binary --no-sign
+	rm -rf build/deb/memlinux
+	ls -l build/deb/*.deb
 
 clean:
 	rm -rf bin build

@@ -32,14 +32,16 @@ type global struct {
 func Main() int { return run(newRoot()) }
 
 // MainWrite runs memlinux-write, the same as memlinux write.
-func MainWrite() int {
+func MainWrite() int { return run(newWriteRoot()) }
+
+func newWriteRoot() *cobra.Command {
 	g := &global{}
 	c := newWrite(g)
 	c.Use = "memlinux-write [flags] [DEVICE...|FILE]"
 	c.Example = writeExamples("memlinux-write")
 	c.Version = Version
 	prepare(c, g)
-	return run(c)
+	return c
 }
 
 func newRoot() *cobra.Command {
