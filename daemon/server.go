@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/busguard"
@@ -32,6 +33,7 @@ type Server struct {
 	entries *published[api.BootEntry]
 	guests  chan struct{} // one place for each virtual machine that may run
 	opened  chan struct{} // closed when calls may be answered
+	checks  singleflight.Group
 	ctx     context.Context
 
 	interruptions *interruptions
@@ -169,6 +171,7 @@ func init() { // not a literal: Introspect reads the table that it stands in
 		{api.ManagerInterface, "SetNextBoot", onManager, "sa{sv}", actionNext, (*Server).setNextBoot},
 		{api.ManagerInterface, "Rollback", onManager, "a{sv}", actionEntry, (*Server).rollback},
 		{api.ManagerInterface, "BootMenu", onManager, "a{sv}", actionRead, (*Server).bootMenu},
+		{api.ManagerInterface, "Doctor", onManager, "a{sv}", actionRead, (*Server).doctor},
 		{api.ManagerInterface, "Devices", onManager, "a{sv}", actionRead, (*Server).listDevices},
 		{api.ManagerInterface, "Jobs", onManager, "a{sv}", actionRead, (*Server).listJobs},
 		{api.JobInterface, "Cancel", onJob, "a{sv}", actionCancel, (*Server).cancelJob},

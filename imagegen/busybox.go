@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 
@@ -80,8 +81,11 @@ func (b *build) busybox(ctx context.Context, s BusyboxSource) (box busyboxFile, 
 
 var errNoBusybox = errors.New("no static busybox is on this machine; run apt-get install " + BusyboxPackage)
 
+// hostBusyboxes are where a machine has its busybox.
+var hostBusyboxes = []string{"/bin/busybox", "/usr/bin/busybox"}
+
 func (b *build) hostBusybox(ctx context.Context) (busyboxFile, error) {
-	for _, path := range []string{"/bin/busybox", "/usr/bin/busybox"} {
+	for _, path := range hostBusyboxes {
 		f, err := os.Open(b.g.Root + path)
 		if err != nil {
 			continue
@@ -122,15 +126,25 @@ func (b *build) takeBusybox(ctx context.Context, f *os.File, source string) (bus
 		return busyboxFile{}, err
 	}
 	defer staged.Discard()
-	info, err := busybox.Inspect(staged, staged.Size())
+	info, err := inspectBusybox(staged, staged.Size())
 	if err != nil {
 		return busyboxFile{}, err
 	}
-	for _, applet := range initramfs.Applets {
-		if !slices.Contains(info.Applets, applet) {
-			return busyboxFile{}, fmt.Errorf("this busybox lacks the applet %s, which /init needs", applet)
-		}
-	}
 	file, err := staged.Commit(ctx)
 	return busyboxFile{file: file, info: info, source: source}, err
+}
+
+// inspectBusybox says what the busybox r is; one that lacks what /init needs is
+// an error.
+func inspectBusybox(r io.ReaderAt, size int64) (busybox.Info, error) {
+	info, err := busybox.Inspect(r, size)
+	if err != nil {
+		return busybox.Info{}, err
+	}
+	for _, applet := range initramfs.Applets {
+		if !slices.Contains(info.Applets, applet) {
+			return busybox.Info{}, fmt.Errorf("this busybox lacks the applet %s, which /init needs", applet)
+		}
+	}
+	return info, nil
 }

@@ -138,6 +138,14 @@ const (
 	ResultReport = "report" // s: a [Report] as JSON
 )
 
+// States of a [Check].
+const (
+	CheckOK      = "ok"
+	CheckWarning = "warning" // something that is not the main job can't be done, or takes longer
+	CheckFailed  = "failed"  // no stick can be made and proven
+	CheckUnknown = "unknown" // it could not be looked at
+)
+
 // DevicePath is the object of the block device with the given kernel name
 // (sda). Every byte but a letter or digit becomes _ and two hex digits.
 func DevicePath(name string) dbus.ObjectPath {

@@ -112,6 +112,10 @@ const (
       <arg name="options" type="a{sv}" direction="in"/>
       <arg name="menu" type="a{sv}" direction="out"/>
     </method>
+    <method name="Doctor">
+      <arg name="options" type="a{sv}" direction="in"/>
+      <arg name="checks" type="aa{sv}" direction="out"/>
+    </method>
     <method name="Devices">
       <arg name="options" type="a{sv}" direction="in"/>
       <arg name="devices" type="ao" direction="out"/>

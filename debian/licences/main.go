@@ -143,7 +143,7 @@ func paragraph(name, dir string) (string, error) {
 		holders[i] = strings.Trim(h, " #*")
 	}
 	slices.Sort(holders)
-	if holders = slices.Compact(holders); len(holders) == 0 || names[0] == "Apache-2.0" {
+	if holders = slices.Compact(holders); len(holders) == 0 || len(names) == 1 && names[0] == "Apache-2.0" {
 		path, _, _ := strings.Cut(name, "@")
 		holders = []string{"The authors of " + path}
 	}
