@@ -127,3 +127,42 @@ func TestReportTellsWhatFailed(t *testing.T) {
 		}
 	}
 }
+
+func TestChecksArePrintedWithWhatToDo(t *testing.T) {
+	checks := []api.Check{
+		{Name: "QEMU", State: api.CheckOK, Text: "version 7.2 runs"},
+		{Name: "UEFI firmware", State: api.CheckFailed, Text: "OVMF is not installed", Mend: "sudo apt install ovmf"},
+		{Name: "KVM", State: api.CheckWarning, Text: "not here"},
+	}
+	for _, c := range []struct {
+		name   string
+		colors bool
+		want   string
+	}{
+		{"in a pipe: words", false, `ok       QEMU           version 7.2 runs
+failed   UEFI firmware  OVMF is not installed
+                        → sudo apt install ovmf
+warning  KVM            not here
+`},
+		{"on a terminal: signs and colors", true, "\x1b[32m✓\x1b[0m  QEMU           version 7.2 runs\n" +
+			"\x1b[31m✗\x1b[0m  UEFI firmware  OVMF is not installed\n                  → sudo apt install ovmf\n\x1b[33m!\x1b[0m  KVM            not here\n"},
+	} {
+		var out bytes.Buffer
+		printChecks(&out, checks, c.colors)
+		if out.String() != c.want {
+			t.Errorf("%s:\n%q, want\n%q", c.name, out.String(), c.want)
+		}
+	}
+	for _, c := range []struct {
+		name   string
+		checks []api.Check
+		code   int
+	}{
+		{"a warning is no failure", []api.Check{checks[0], checks[2], {State: api.CheckUnknown}}, exitDone},
+		{"a failure is one", checks, exitFailed},
+	} {
+		if got := exitCode(verdict(c.checks)); got != c.code {
+			t.Errorf("%s: exit %d, want %d", c.name, got, c.code)
+		}
+	}
+}
