@@ -22,7 +22,7 @@ RUN_PACKAGES = busybox-static dbus-daemon grub-common grub-efi-amd64-bin grub-pc
 # time zone. memlinux names them when one is missing.
 OPTION_PACKAGES = bc binutils bison bzip2 ccache console-setup dpkg-dev flex gcc kbd libc6-dev libelf-dev m4 make patch perl tzdata xkb-data
 # What the tests hold it against.
-TEST_PACKAGES = $(OPTION_PACKAGES) apt btrfs-progs cpio curl dosfstools e2fsprogs fdisk file gdisk git gnupg libcap2-bin libglib2.0-bin \
+TEST_PACKAGES = $(OPTION_PACKAGES) $(DEB_PACKAGES) apt btrfs-progs cpio curl dosfstools e2fsprogs fdisk file gdisk git gnupg libcap2-bin libglib2.0-bin lintian \
 	mmdebstrap mount mtools ncurses-bin openssl python3 qemu-utils shellcheck skopeo squashfs-tools strace systemd systemd-container umoci xfsprogs xorriso zstd
 # What only the benchmarks hold it against.
 BENCH_PACKAGES = bmap-tools dracut-core initramfs-tools-core kmod
@@ -37,6 +37,8 @@ datadir ?= $(prefix)/share
 unitdir ?= $(prefix)/lib/systemd/system
 tmpfilesdir ?= $(prefix)/lib/tmpfiles.d
 sysusersdir ?= $(prefix)/lib/sysusers.d
+# Where make deb leaves the package.
+debdir ?= build/deb
 
 .PHONY: all build manual demo test bench lint install deb clean
 
@@ -94,20 +96,20 @@ install: build manual
 # that has not the changelog's version as its tag is one before that version.
 deb:
 	$(call install_packages,$(DEB_PACKAGES))
-	rm -rf build/deb
-	mkdir -p build/deb/memlinux
-	cp -R Makefile LICENSE README.md go.mod go.sum bootloader cli daemon debian docs imagegen media systemd testvm build/deb/memlinux
+	rm -rf $(debdir)
+	mkdir -p $(debdir)/memlinux
+	cp -R Makefile LICENSE README.md go.mod go.sum bootloader cli daemon debian docs imagegen media systemd testvm $(debdir)/memlinux
 	version=$$(dpkg-parsechangelog -S Version); \
 	if commit=$$($(GIT) rev-parse --short HEAD 2>/dev/null) && [ "$$($(GIT) describe --tags --always --dirty)" != "v$$version" ]; then \
 		count=$$($(GIT) rev-list --count HEAD); \
 		[ -z "$$($(GIT) status --porcelain)" ] || commit=$$commit.dirty; \
 		{ printf 'memlinux (%s) unstable; urgency=medium\n\n  * Commit %s.\n\n -- %s  %s\n\n' "$$version~git$$count.$$commit" "$$commit" \
-			"$$(dpkg-parsechangelog -S Maintainer)" "$$($(GIT) log -1 --format=%cD)"; cat debian/changelog; } > build/deb/memlinux/debian/changelog; \
+			"$$(dpkg-parsechangelog -S Maintainer)" "$$($(GIT) log -1 --format=%cD)"; cat debian/changelog; } > $(debdir)/memlinux/debian/changelog; \
 	fi
-	cd build/deb/memlinux && env PATH="$(dir $(GO)):$$PATH" GOMODCACHE="$$($(GO) env GOMODCACHE)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS="$$GOFLAGS" \
+	cd $(debdir)/memlinux && env PATH="$(dir $(GO)):$$PATH" GOMODCACHE="$$($(GO) env GOMODCACHE)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS="$$GOFLAGS" \
 		dpkg-buildpackage --build=binary --no-sign
-	rm -rf build/deb/memlinux
-	ls -l build/deb/*.deb
+	rm -rf $(debdir)/memlinux
+	ls -l $(debdir)/*.deb
 
 clean:
 	rm -rf bin build

@@ -3,6 +3,7 @@ package config
 import (
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -70,4 +71,32 @@ func FuzzLoad(f *testing.F) {
 		}
 		_, _ = Load(path)
 	})
+}
+
+// What users read has every key, and the standard value that holds.
+func TestDocumentation(t *testing.T) {
+	page, err := os.ReadFile("../../docs/config.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	example, err := os.ReadFile("../../docs/memlinux.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range Keys() {
+		if !strings.Contains(string(page), "| `"+key+"` |") {
+			t.Errorf("docs/config.md has no row for %s", key)
+		}
+		if !strings.Contains(string(example), "\n#"+key+" = ") {
+			t.Errorf("docs/memlinux.toml has no %s", key)
+		}
+	}
+	text := regexp.MustCompile(`(?m)^#([a-z-]+ = )`).ReplaceAllString(string(example), "$1")
+	shown, err := Load(write(t, text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if standard, err := Load(write(t, "")); err != nil || shown != standard {
+		t.Errorf("docs/memlinux.toml says %+v, standard is %+v (%v)", shown, standard, err)
+	}
 }
