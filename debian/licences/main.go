@@ -173,7 +173,7 @@ func folded(text []byte) string {
 }
 
 func output(argv ...string) (string, error) {
-	out, err := exec.Command(argv[0], argv[1:]...).Output()
+	out, err := exec.Command(argv[0], argv[1:]...).Output() //nolint:gosec // it is go, by argv
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		err = fmt.Errorf("%s: %w: %s", strings.Join(argv, " "), err, bytes.TrimSpace(exit.Stderr))
