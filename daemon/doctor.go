@@ -85,7 +85,12 @@ func checkGRUB(name string, make func() error) api.Check {
 
 func checkQEMU(ctx context.Context) api.Check {
 	const name = "QEMU"
-	version, err := testvm.Version(ctx)
+	dir, err := os.MkdirTemp("", "memlinux-doctor-")
+	if err != nil {
+		return failed(name, err)
+	}
+	defer os.RemoveAll(dir)
+	version, err := testvm.Version(ctx, testvm.Machine{Dir: dir})
 	if err != nil {
 		return failed(name, err)
 	}

@@ -13,9 +13,9 @@ import (
 
 const kvmDevice = "/dev/kvm"
 
-// probeLimit bounds the probe guest: SeaBIOS greets in well under a second
-// where KVM works, and soon without it.
-const probeLimit = 5 * time.Second
+// kvmProbeLimit bounds the probe guest: SeaBIOS greets in well under a second
+// where KVM works.
+const kvmProbeLimit = 5 * time.Second
 
 var kvmProbe struct {
 	sync.Mutex
@@ -66,12 +66,7 @@ func probeKVM(ctx context.Context) bool {
 		return false
 	}
 	dev.Close()
-	return probeGuest(ctx, true)
-}
-
-// probeGuest is what probeKVM does, with or without KVM.
-func probeGuest(ctx context.Context, kvm bool) bool {
-	ctx, cancel := context.WithTimeout(ctx, probeLimit)
+	ctx, cancel := context.WithTimeout(ctx, kvmProbeLimit)
 	defer cancel()
 	ours, theirs, err := os.Pipe()
 	if err != nil {
@@ -79,12 +74,8 @@ func probeGuest(ctx context.Context, kvm bool) bool {
 	}
 	defer ours.Close()
 	var fds descriptors
-	args := append(append(bareMachine(kvm), "-vga", "none"), firmwareLogTo(fds.add(theirs))...)
-	var groups []uint32
-	if kvm {
-		groups = kvmGroups()
-	}
-	p, err := spawn(ctx, args, fds.files, groups)
+	args := append(append(bareMachine(true), "-vga", "none"), firmwareLogTo(fds.add(theirs))...)
+	p, err := spawn(ctx, args, fds.files, kvmGroups())
 	theirs.Close()
 	if err != nil {
 		return false

@@ -2,50 +2,39 @@ package testvm
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"regexp"
-	"strings"
-	"syscall"
-	"time"
 )
 
-// versionLimit bounds how long QEMU may take to tell its version.
-const versionLimit = 30 * time.Second
-
-// Version starts QEMU, as machines are run: first for its version, as in
-// "8.2.0", then for a guest that is nothing but firmware. The error is a
-// [*MissingError], or says how QEMU failed.
-func Version(ctx context.Context) (string, error) {
+// Version starts a machine with an empty disk, in the folder m.Dir, and is the
+// version of its QEMU, as in "8.2.0". The error is a [*MissingError], or says why
+// machines can't run here. m is what machines here have in common.
+func Version(ctx context.Context, m Machine) (string, error) {
 	if err := Check(BIOS); err != nil {
 		return "", err
 	}
-	cred, err := credential(nil)
+	const size = 1 << 20
+	disk, err := os.CreateTemp(m.Dir, "empty-")
+	if err != nil {
+		return "", fmt.Errorf("make a disk: %w", err)
+	}
+	defer os.Remove(disk.Name())
+	defer disk.Close()
+	if err := disk.Truncate(size); err != nil {
+		return "", fmt.Errorf("make a disk: %w", err)
+	}
+	m.Firmware, m.Bus, m.DiskSize, m.SectorSize = BIOS, Virtio, size, 512
+	if m.Disk, err = os.Open(disk.Name()); err != nil {
+		return "", fmt.Errorf("make a disk: %w", err)
+	}
+	defer m.Disk.Close()
+	vm, err := Start(ctx, m)
 	if err != nil {
 		return "", err
 	}
-	limited, cancel := context.WithTimeout(ctx, versionLimit)
-	defer cancel()
-	cmd := exec.CommandContext(limited, qemuProgram, "--version")
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: cred}
-	out, err := cmd.Output()
-	if err != nil {
-		var exit *exec.ExitError
-		if errors.As(err, &exit) {
-			err = fmt.Errorf("%w: %s", err, strings.TrimSpace(string(exit.Stderr)))
-		}
-		return "", fmt.Errorf("%s does not start: %w", qemuProgram, err)
-	}
-	if !probeGuest(ctx, false) {
-		return "", errors.Join(fmt.Errorf("%s starts, and a machine in it does not", qemuProgram), ctx.Err())
-	}
-	if v := regexp.MustCompile(`version ([0-9][0-9.]*)`).FindSubmatch(out); v != nil {
-		return string(v[1]), nil
-	}
-	return "unknown", nil
+	defer vm.close()
+	v := vm.monitor.Version()
+	return fmt.Sprintf("%d.%d.%d", v.Major, v.Minor, v.Micro), nil
 }
 
 // KVM says why machines can't use the processor's virtualization here, and so
