@@ -106,7 +106,7 @@ deb:
 		{ printf 'memlinux (%s) unstable; urgency=medium\n\n  * Commit %s.\n\n -- %s  %s\n\n' "$$version~git$$count.$$commit" "$$commit" \
 			"$$(dpkg-parsechangelog -S Maintainer)" "$$($(GIT) log -1 --format=%cD)"; cat debian/changelog; } > $(debdir)/memlinux/debian/changelog; \
 	fi
-	cd $(debdir)/memlinux && env PATH="$(dir $(GO)):$$PATH" GOMODCACHE="$$($(GO) env GOMODCACHE)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS="$$GOFLAGS" \
+	cd $(debdir)/memlinux && env PATH="$(dir $(GO)):$$PATH" GOENV="$$($(GO) env GOENV)" GOMODCACHE="$$($(GO) env GOMODCACHE)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS="$$GOFLAGS" \
 		dpkg-buildpackage --build=binary --no-sign
 	rm -rf $(debdir)/memlinux
 	ls -l $(debdir)/*.deb

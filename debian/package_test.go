@@ -140,7 +140,8 @@ as anna memlinux jobs > /dev/null
 
 # Purged, nothing runs, and only the configuration is left.
 apt purge memlinux
-! ls -l /proc/[0-9]*/exe 2> /dev/null | grep memlinux
+fails grep -q memlinuxd /proc/[0-9]*/comm
+[ ! -e /run/memlinux ]
 snapshot /tmp/after
 diff /tmp/before /tmp/after > left || true
 `
