@@ -229,14 +229,6 @@ func TestRefusedTargets(t *testing.T) {
 	t.Run("a folder that is not there", func(t *testing.T) {
 		w.run("write", w.path("none/stick.img")).wants(t, 1, "make it first")
 	})
-	t.Run("the machine's own disk", func(t *testing.T) {
-		root := strings.TrimSpace(sh(t, need.Tool(t, "findmnt", "mount"), "-n", "-o", "SOURCE", "/"))
-		root, _, _ = strings.Cut(root, "[") // a bind mount's folder
-		if !strings.HasPrefix(root, "/dev/") {
-			t.Skipf("skipped: / is on %s, which is no disk", root)
-		}
-		w.run("write", "--yes", root).wants(t, 3, "refused")
-	})
 	w.holds()
 }
 
