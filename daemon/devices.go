@@ -94,6 +94,12 @@ func (s *Server) lookUp(ctx context.Context, path dbus.ObjectPath) (blockdev.Dev
 	if !ok {
 		return blockdev.Device{}, &api.Error{Name: api.ErrNoSuchDevice, Message: fmt.Sprintf("%s is not the path of a device; list them with GetManagedObjects", path)}
 	}
+	select {
+	case s.looks <- struct{}{}:
+		defer func() { <-s.looks }()
+	case <-ctx.Done():
+		return blockdev.Device{}, ctx.Err()
+	}
 	return s.devices.system.Device(ctx, name)
 }
 

@@ -85,53 +85,54 @@ func (o *options) oneOf(key string, values ...string) string {
 	return s
 }
 
-// own takes the descriptor out of the call.
-func (o *options) own(fd dbus.UnixFD) *os.File {
+// own takes the descriptor out of the call, if it is what is wanted; what names
+// it in an error.
+func (o *options) own(v any, want kind, what string) *os.File {
+	fd, ok := v.(dbus.UnixFDIndex)
+	if !ok {
+		o.fail("%s must be of the D-Bus type h, not %s", what, dbus.SignatureOf(v))
+		return nil
+	}
+	if o.err != nil {
+		return nil // nobody will want it
+	}
 	f, err := o.call.take(fd)
 	if err != nil {
-		if o.err == nil {
-			o.err = err
-		}
+		o.err = err
 		return nil
 	}
 	o.files = append(o.files, f)
+	if err := examine(f, want, o.call.uid); err != nil {
+		o.fail("%s: %v", what, err)
+		return nil
+	}
 	return f
 }
 
 // argument takes the descriptor that is the call's first argument.
-func (o *options) argument() *os.File {
-	fd, ok := o.call.args[0].(dbus.UnixFD)
-	if !ok {
-		o.fail("the call brings no descriptor")
-		return nil
-	}
-	return o.own(fd)
+func (o *options) argument(want kind) *os.File {
+	return o.own(o.call.args[0], want, "the descriptor argument")
 }
 
-// file is a descriptor option, nil where it is not given.
-func (o *options) file(key string) *os.File {
+// file is an option with a regular file to be read, nil where it is not given.
+func (o *options) file(key string) *os.File { return o.fileOf(key, toBeRead) }
+
+// stream is an option with what is read once, nil where it is not given.
+func (o *options) stream(key string) *os.File { return o.fileOf(key, toBeStreamed) }
+
+func (o *options) fileOf(key string, want kind) *os.File {
 	v, ok := o.take(key)
 	if !ok {
 		return nil
 	}
-	fd, ok := v.(dbus.UnixFD)
-	if !ok {
-		o.fail("option %q must be of the D-Bus type h, not %s", key, dbus.SignatureOf(v))
-		return nil
-	}
-	return o.own(fd)
+	return o.own(v, want, fmt.Sprintf("option %q", key))
 }
 
 // fileMap is an a{sv} option whose values are descriptors.
-func (o *options) fileMap(key string) map[string]*os.File {
+func (o *options) fileMap(key string, want kind) map[string]*os.File {
 	files := map[string]*os.File{}
 	for name, v := range get[map[string]dbus.Variant](o, key) {
-		fd, ok := v.Value().(dbus.UnixFD)
-		if !ok {
-			o.fail("option %q: %q must be of the D-Bus type h, not %s", key, name, v.Signature())
-			continue
-		}
-		if f := o.own(fd); f != nil {
+		if f := o.own(v.Value(), want, fmt.Sprintf("option %q: %q", key, name)); f != nil {
 			files[name] = f
 		}
 	}

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"bytes"
 	"io"
 	"math"
 	"os"
@@ -18,7 +19,7 @@ import (
 
 // maxFragment bounds a kernel's or busybox's configuration that a client sends,
 // in bytes: the largest have a third of a MiB.
-const maxFragment = 4 << 20
+const maxFragment = 1 << 20
 
 // recipeOf reads the options that say what system to make: a recipe, and what is
 // to be other than in it. Files that the recipe names come as descriptors.
@@ -111,10 +112,6 @@ func (o *options) read(key string, f *os.File) []byte {
 	if f == nil {
 		return nil
 	}
-	if err := wantRegular(f); err != nil {
-		o.fail("option %q: %v", key, err)
-		return nil
-	}
 	text, err := io.ReadAll(io.NewSectionReader(f, 0, maxFragment+1))
 	switch {
 	case err != nil:
@@ -128,7 +125,7 @@ func (o *options) read(key string, f *os.File) []byte {
 // texts are files by name.
 func (o *options) texts(key string) map[string][]byte {
 	all := map[string][]byte{}
-	for name, f := range o.fileMap(key) {
+	for name, f := range o.fileMap(key, toBeRead) {
 		all[name] = o.read(key, f)
 	}
 	return all
@@ -136,11 +133,11 @@ func (o *options) texts(key string) map[string][]byte {
 
 func (s *Server) kernelOf(o *options, r *recipe.Recipe) imagegen.KernelSource {
 	var k imagegen.KernelSource
-	for name, f := range o.fileMap(api.OptKernelConfigs) {
+	for name, text := range o.texts(api.OptKernelConfigs) {
 		if k.Configs == nil {
 			k.Configs = map[string]io.ReaderAt{}
 		}
-		k.Configs[name] = f
+		k.Configs[name] = bytes.NewReader(text)
 	}
 	config, isFile := o.text(api.OptKernelConfig)
 	fragments := o.texts(api.OptKernelFragments)

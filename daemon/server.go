@@ -11,7 +11,6 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sync/singleflight"
@@ -32,28 +31,38 @@ type Server struct {
 	devices *deviceList
 	entries *published[api.BootEntry]
 	guests  chan struct{} // one place for each virtual machine that may run
+	looks   chan struct{} // and for each look at a disk, which starts a program
 	opened  chan struct{} // closed when calls may be answered
 	checks  singleflight.Group
 	ctx     context.Context
 
 	interruptions *interruptions
+	authority Authority
+	gate      *gate
 }
+
+// maxLooks is how many disks may be looked at at once.
+const maxLooks = 4
 
 // maxGuests is how many virtual machines may run at once: without KVM each
 // takes a whole core, and a third on two cores runs into the time limits.
 const maxGuests = 2
 
 // Serve offers the service on the bus at address (the system bus where it is
-// empty) until ctx ends or the bus goes away. ready is called when the name is
-// ours. On return no job runs any more.
-func Serve(ctx context.Context, address string, c config.Config, version string, ready func() error) error {
-	s := &Server{config: c, version: version, guests: make(chan struct{}, maxGuests), opened: make(chan struct{}), ctx: ctx}
+// empty) until ctx ends or the bus goes away. The authority decides who may do
+// what. ready is called when the name is ours. On return no job runs any more.
+func Serve(ctx context.Context, address string, authority Authority, c config.Config, version string, ready func() error) error {
+	s := &Server{config: c, version: version, guests: make(chan struct{}, maxGuests), looks: make(chan struct{}, maxLooks),
+		opened: make(chan struct{}), ctx: ctx, authority: authority, gate: newGate()}
 	conn, err := s.connect(address)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	s.conn = conn
+	if err := s.watchCallers(ctx); err != nil {
+		return err
+	}
 	s.devices = newDeviceList(blockdev.System{}, s)
 	s.entries = &published[api.BootEntry]{server: s, iface: api.EntryInterface, path: api.EntryPath}
 	if s.interruptions, err = openInterruptions(s.stateDir("interrupted")); err != nil {
@@ -99,7 +108,7 @@ func (s *Server) connect(address string) (*dbus.Conn, error) {
 	if address == "" {
 		address = systemBus()
 	}
-	conn, err := busguard.Dial(address, dbus.WithHandler(s))
+	conn, err := busguard.Dial(address, s.arrive, dbus.WithHandler(s))
 	if err != nil {
 		return nil, fmt.Errorf("connect to the bus: %w", err)
 	}
@@ -114,19 +123,6 @@ func systemBus() string {
 	}
 	return "unix:path=/var/run/dbus/system_bus_socket"
 }
-
-// Actions: what a method does, as far as it matters for who may call it. Each
-// becomes a polkit action; until then all but reading is root's.
-const (
-	actionRead   = "org.memlinux.memlinux1.read"
-	actionBuild  = "org.memlinux.memlinux1.build"
-	actionWrite  = "org.memlinux.memlinux1.write"
-	actionVerify = "org.memlinux.memlinux1.verify"
-	actionVM     = "org.memlinux.memlinux1.vm"
-	actionCancel = "org.memlinux.memlinux1.cancel"
-	actionEntry  = "org.memlinux.memlinux1.entry"
-	actionNext   = "org.memlinux.memlinux1.next-boot"
-)
 
 // Where a method can be called.
 type place int
@@ -144,7 +140,7 @@ type method struct {
 	iface, member string
 	place         place
 	in            string // D-Bus signature of the arguments
-	action        string
+	may           permission
 	run           func(*Server, *call) ([]any, error)
 }
 
@@ -153,35 +149,37 @@ var methods []method
 
 func init() { // not a literal: Introspect reads the table that it stands in
 	methods = []method{
-		{api.IntrospectableInterface, "Introspect", anywhere, "", actionRead, (*Server).introspect},
-		{api.PropertiesInterface, "Get", anywhere, "ss", actionRead, (*Server).getProperty},
-		{api.PropertiesInterface, "GetAll", anywhere, "s", actionRead, (*Server).getProperties},
-		{api.PropertiesInterface, "Set", anywhere, "ssv", actionRead, (*Server).setProperty},
-		{api.ObjectManagerInterface, "GetManagedObjects", onManager, "", actionRead, (*Server).managedObjects},
-		{api.ManagerInterface, "Build", onManager, "a{sv}", actionBuild, (*Server).build},
-		{api.ManagerInterface, "Plan", onManager, "oa{sv}", actionRead, (*Server).plan},
-		{api.ManagerInterface, "Write", onManager, "osa{sv}", actionWrite, (*Server).write},
-		{api.ManagerInterface, "CheckCapacity", onManager, "osa{sv}", actionWrite, (*Server).checkCapacity},
-		{api.ManagerInterface, "WriteFile", onManager, "ha{sv}", actionBuild, (*Server).writeFile},
-		{api.ManagerInterface, "Verify", onManager, "oa{sv}", actionVerify, (*Server).verify},
-		{api.ManagerInterface, "VerifyFile", onManager, "ha{sv}", actionVerify, (*Server).verifyFile},
-		{api.ManagerInterface, "StartVM", onManager, "ha{sv}", actionVM, (*Server).startVM},
-		{api.ManagerInterface, "InstallEntry", onManager, "a{sv}", actionEntry, (*Server).installEntry},
-		{api.ManagerInterface, "RemoveEntry", onManager, "sa{sv}", actionEntry, (*Server).removeEntry},
-		{api.ManagerInterface, "SetNextBoot", onManager, "sa{sv}", actionNext, (*Server).setNextBoot},
-		{api.ManagerInterface, "Rollback", onManager, "a{sv}", actionEntry, (*Server).rollback},
-		{api.ManagerInterface, "BootMenu", onManager, "a{sv}", actionRead, (*Server).bootMenu},
-		{api.ManagerInterface, "Doctor", onManager, "a{sv}", actionRead, (*Server).doctor},
-		{api.ManagerInterface, "Devices", onManager, "a{sv}", actionRead, (*Server).listDevices},
-		{api.ManagerInterface, "Jobs", onManager, "a{sv}", actionRead, (*Server).listJobs},
-		{api.JobInterface, "Cancel", onJob, "a{sv}", actionCancel, (*Server).cancelJob},
+		{api.PeerInterface, "Ping", anywhere, "", toRead, (*Server).ping},
+		{api.PeerInterface, "GetMachineId", anywhere, "", toRead, (*Server).machineID},
+		{api.IntrospectableInterface, "Introspect", anywhere, "", toRead, (*Server).introspect},
+		{api.PropertiesInterface, "Get", anywhere, "ss", toRead, (*Server).getProperty},
+		{api.PropertiesInterface, "GetAll", anywhere, "s", toRead, (*Server).getProperties},
+		{api.PropertiesInterface, "Set", anywhere, "ssv", toRead, (*Server).setProperty},
+		{api.ObjectManagerInterface, "GetManagedObjects", onManager, "", toRead, (*Server).managedObjects},
+		{api.ManagerInterface, "Build", onManager, "a{sv}", to(actionBuild), (*Server).build},
+		{api.ManagerInterface, "Plan", onManager, "oa{sv}", toRead, (*Server).plan},
+		{api.ManagerInterface, "Write", onManager, "osa{sv}", byDevice(actionWriteRemovable, actionWriteFixed), (*Server).write},
+		{api.ManagerInterface, "CheckCapacity", onManager, "osa{sv}", byDevice(actionWriteRemovable, actionWriteFixed), (*Server).checkCapacity},
+		{api.ManagerInterface, "WriteFile", onManager, "ha{sv}", to(actionBuild), (*Server).writeFile},
+		{api.ManagerInterface, "Verify", onManager, "oa{sv}", byDevice(actionVerify, actionVerifyFixed), (*Server).verify},
+		{api.ManagerInterface, "VerifyFile", onManager, "ha{sv}", to(actionVerify), (*Server).verifyFile},
+		{api.ManagerInterface, "StartVM", onManager, "ha{sv}", to(actionVM), (*Server).startVM},
+		{api.ManagerInterface, "InstallEntry", onManager, "a{sv}", to(actionEntry), (*Server).installEntry},
+		{api.ManagerInterface, "RemoveEntry", onManager, "sa{sv}", to(actionEntry), (*Server).removeEntry},
+		{api.ManagerInterface, "SetNextBoot", onManager, "sa{sv}", to(actionNext), (*Server).setNextBoot},
+		{api.ManagerInterface, "Rollback", onManager, "a{sv}", to(actionEntry), (*Server).rollback},
+		{api.ManagerInterface, "BootMenu", onManager, "a{sv}", toRead, (*Server).bootMenu},
+		{api.ManagerInterface, "Doctor", onManager, "a{sv}", toRead, (*Server).doctor},
+		{api.ManagerInterface, "Devices", onManager, "a{sv}", toRead, (*Server).listDevices},
+		{api.ManagerInterface, "Jobs", onManager, "a{sv}", toRead, (*Server).listJobs},
+		{api.JobInterface, "Cancel", onJob, "a{sv}", byOwner(actionCancelOwn, actionCancelOthers), (*Server).cancelJob},
 	}
 }
 
 // LookupObject makes the Server a dbus.Handler: godbus asks it for the method
 // behind each call, and every answer leads to dispatch.
 func (s *Server) LookupObject(path dbus.ObjectPath) (dbus.ServerObject, bool) {
-	return object{s, path}, path.IsValid()
+	return object{s, path}, true
 }
 
 type object struct {
@@ -225,57 +223,65 @@ func (boundMethod) ReturnValue(int) any   { return nil }
 
 // call is one method call that was let through.
 type call struct {
-	ctx    context.Context
-	path   dbus.ObjectPath
-	sender string
-	uid    uint32
-	args   []any
-	files  map[dbus.UnixFD]*os.File // the descriptors that nobody has taken yet
+	ctx         context.Context // ends with the caller's connection
+	path        dbus.ObjectPath
+	client      *client
+	uid         uint32
+	interactive bool   // somebody may be asked
+	action      string // that was allowed; "" for reading
+	args        []any
+	files       []*os.File // the descriptors; nil those that were taken
 }
 
 // take gives the caller of take the descriptor, to close it.
-func (c *call) take(fd dbus.UnixFD) (*os.File, error) {
-	f, ok := c.files[fd]
-	if !ok {
+func (c *call) take(fd dbus.UnixFDIndex) (*os.File, error) {
+	if int64(fd) >= int64(len(c.files)) {
+		return nil, invalidOption("the call names descriptor %d and brings %d", fd, len(c.files))
+	}
+	f := c.files[fd]
+	if f == nil {
 		return nil, invalidOption("one descriptor was given for two things; give each its own")
 	}
-	delete(c.files, fd)
+	c.files[fd] = nil
 	return f, nil
 }
 
 // dispatch is the one way to every method.
 func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.Message) (ret []any, err error) {
-	files := map[dbus.UnixFD]*os.File{}
-	collectFiles(msg.Body, files)
+	a := s.gate.taken(msg)
 	defer func() {
 		if p := recover(); p != nil {
 			fmt.Fprintf(os.Stderr, "memlinuxd: %s.%s: panic: %v\n%s", iface, member, p, debug.Stack())
 			ret, err = nil, &api.Error{Name: api.ErrFailed, Message: fmt.Sprintf("internal error: %v; please report it with the daemon's log", p)}
 		}
-		for _, f := range files {
-			f.Close()
-		}
+		closeAll(a.files)
+		s.gate.answered(msg)
 	}()
 	select { // a call to our unique name can come before we are ready
 	case <-s.opened:
-	case <-s.ctx.Done():
+	case <-a.client.ctx.Done():
 		return nil, &api.Error{Name: api.ErrBusy, Message: "memlinuxd is stopping; try again in a moment"}
 	}
 	m, err := s.lookup(path, iface, member)
 	if err != nil {
 		return nil, err
 	}
-	sender, _ := msg.Headers[dbus.FieldSender].Value().(string)
 	signature, _ := msg.Headers[dbus.FieldSignature].Value().(dbus.Signature)
 	if signature.String() != m.in {
 		return nil, dbus.NewError("org.freedesktop.DBus.Error.InvalidArgs",
 			[]any{fmt.Sprintf("%s takes arguments of the signature %q, not %q", member, m.in, signature.String())})
 	}
-	uid, err := s.authorize(sender, m.action)
-	if err != nil {
+	c := &call{ctx: a.client.ctx, path: path, client: a.client, args: msg.Body, files: a.files,
+		interactive: msg.Flags&dbus.FlagAllowInteractiveAuthorization != 0}
+	if c.uid, err = s.callerOf(c.ctx, c.client.name); err != nil {
 		return nil, err
 	}
-	c := &call{ctx: s.ctx, path: path, sender: sender, uid: uid, args: msg.Body, files: files}
+	if err := s.gate.count(a, c.uid); err != nil {
+		return nil, err
+	}
+	if err := s.authorize(c, m.may); err != nil {
+		return nil, contractError(err)
+	}
 	ret, err = m.run(s, c)
 	if err != nil {
 		return nil, contractError(err)
@@ -307,24 +313,6 @@ func (s *Server) lookup(path dbus.ObjectPath, iface, member string) (method, err
 	return method{}, dbus.NewError("org.freedesktop.DBus.Error.UnknownMethod", []any{fmt.Sprintf("%s has no method %s.%s", path, iface, member)})
 }
 
-// authorize decides whether sender may do the action, and returns its uid. What
-// can't be found out is denied.
-func (s *Server) authorize(sender, action string) (uint32, error) {
-	if sender == "" {
-		return 0, &api.Error{Name: api.ErrNotAuthorized, Message: "the call has no sender, so nobody can be authorized"}
-	}
-	ctx, cancel := context.WithTimeout(s.ctx, 10*time.Second)
-	defer cancel()
-	var uid uint32
-	if err := s.conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.GetConnectionUnixUser", 0, sender).Store(&uid); err != nil {
-		return 0, &api.Error{Name: api.ErrNotAuthorized, Message: "who is calling can't be found out: " + err.Error()}
-	}
-	if uid != 0 && action != actionRead {
-		return 0, &api.Error{Name: api.ErrNotAuthorized, Message: "this is for root: run the command with sudo"}
-	}
-	return uid, nil
-}
-
 // contractError gives every error a name of the contract.
 func contractError(err error) error {
 	var contract *api.Error
@@ -333,26 +321,6 @@ func contractError(err error) error {
 		return err
 	}
 	return api.NewError(errorName(err), err)
-}
-
-// collectFiles makes files of all descriptors in v.
-func collectFiles(v any, files map[dbus.UnixFD]*os.File) {
-	switch v := v.(type) {
-	case dbus.UnixFD:
-		if _, ok := files[v]; !ok && v >= 0 {
-			files[v] = os.NewFile(uintptr(v), "the given file")
-		}
-	case dbus.Variant:
-		collectFiles(v.Value(), files)
-	case map[string]dbus.Variant:
-		for _, e := range v {
-			collectFiles(e, files)
-		}
-	case []any:
-		for _, e := range v {
-			collectFiles(e, files)
-		}
-	}
 }
 
 const (
@@ -427,6 +395,17 @@ func (s *Server) introspect(c *call) ([]any, error) {
 	here, children := s.resolve(c.path)
 	iface := map[place]string{onManager: api.ManagerInterface, onJob: api.JobInterface, onDevice: api.DeviceInterface, onEntry: api.EntryInterface}[here]
 	return []any{api.Introspect(iface, children)}, nil
+}
+
+func (s *Server) ping(*call) ([]any, error) { return nil, nil }
+
+// machineID is that of machine-id(5).
+func (s *Server) machineID(*call) ([]any, error) {
+	text, err := os.ReadFile("/etc/machine-id")
+	if err != nil {
+		return nil, err
+	}
+	return []any{strings.TrimSpace(string(text))}, nil
 }
 
 // managedObjects leaves the manager itself out: it is the root that is asked.

@@ -7,15 +7,13 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/config"
@@ -23,8 +21,16 @@ import (
 )
 
 // openBus starts a dbus-daemon that lets every user in, as a system bus does,
-// and serves memlinuxd on it. It returns the bus's address.
+// and serves memlinuxd on it for root. It returns the bus's address.
 func openBus(t *testing.T) string {
+	t.Helper()
+	address := startBus(t)
+	serve(t, address, RootOnly)
+	return address
+}
+
+// startBus starts a dbus-daemon that lets every user in. It returns its address.
+func startBus(t *testing.T) string {
 	t.Helper()
 	program := need.Tool(t, "dbus-daemon", "dbus-daemon")
 	dir, err := os.MkdirTemp("", "memlinux-test-bus-") // a socket's path must be short
@@ -57,13 +63,17 @@ func openBus(t *testing.T) string {
 			t.Fatal("dbus-daemon makes no socket")
 		}
 	}
-	address := "unix:path=" + socket
+	return "unix:path=" + socket
+}
 
+// serve serves memlinuxd on the bus until the test ends.
+func serve(t *testing.T, address string, authority Authority) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, ended := make(chan struct{}), make(chan error, 1)
 	c := config.Config{CacheDir: t.TempDir(), StateDir: t.TempDir(), Kernel: "auto", Memory: 512, JobRetention: time.Minute}
 	go func() {
-		ended <- Serve(ctx, address, c, "test", func() error { close(ready); return nil })
+		ended <- Serve(ctx, address, authority, c, "test", func() error { close(ready); return nil })
 	}()
 	select {
 	case <-ready:
@@ -76,7 +86,6 @@ func openBus(t *testing.T) string {
 			t.Errorf("Serve: %v", err)
 		}
 	})
-	return address
 }
 
 func dial(t *testing.T, address string) *dbus.Conn {
@@ -109,20 +118,12 @@ func TestIntrospectionIsTheTable(t *testing.T) {
 	collect(t, api.Introspect(api.JobInterface, nil), promised)
 	collect(t, api.Introspect(api.DeviceInterface, nil), promised)
 	collect(t, api.Introspect(api.EntryInterface, nil), promised)
-	for name := range promised {
-		if strings.HasPrefix(name, "org.freedesktop.DBus.Peer.") { // godbus's own
-			delete(promised, name)
-		}
-	}
 	for _, m := range methods {
 		name := m.iface + "." + m.member
 		if in, ok := promised[name]; !ok || in != m.in {
 			t.Errorf("%s(%s) is in the table; introspection has %q, %v", name, m.in, in, ok)
 		}
 		delete(promised, name)
-		if m.action == "" {
-			t.Errorf("%s has no action", name)
-		}
 	}
 	for name := range promised {
 		t.Errorf("%s is introspected but not in the table", name)
@@ -166,11 +167,17 @@ func TestBadCallsAreNamedErrors(t *testing.T) {
 	with := func(key string, value any) map[string]dbus.Variant {
 		return map[string]dbus.Variant{key: dbus.MakeVariant(value)}
 	}
-	nul, err := os.Open(os.DevNull)
+	nul, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer nul.Close()
+	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(ends[0])
+	defer unix.Close(ends[1])
 	manager := api.ManagerInterface + "."
 	for _, c := range []struct {
 		name   string
@@ -191,7 +198,8 @@ func TestBadCallsAreNamedErrors(t *testing.T) {
 		{"device name that climbs out", api.ManagerPath, manager + "Plan", []any{api.DevicePath("../../etc"), none}, api.ErrNoSuchDevice, ""},
 		{"path that is no device's", api.ManagerPath, manager + "Plan", []any{dbus.ObjectPath("/"), none}, api.ErrNoSuchDevice, "not the path of a device"},
 		{"write without a plan", api.ManagerPath, manager + "Write", []any{api.DevicePath("nosuch"), "token", none}, api.ErrNoSuchDevice, ""},
-		{"nothing to boot", api.ManagerPath, manager + "StartVM", []any{dbus.UnixFD(nul.Fd()), none}, api.ErrInvalidOption, "nothing to boot"},
+		{"nothing to boot", api.ManagerPath, manager + "StartVM", []any{dbus.UnixFD(ends[0]), none}, api.ErrInvalidOption, "nothing to boot"},
+		{"console that is no socket", api.ManagerPath, manager + "StartVM", []any{dbus.UnixFD(nul.Fd()), none}, api.ErrInvalidOption, "not a stream socket"},
 		{"wrong signature", api.ManagerPath, manager + "Plan", []any{"sda", none}, "org.freedesktop.DBus.Error.InvalidArgs", ""},
 		{"unknown method", api.ManagerPath, manager + "Format", nil, "org.freedesktop.DBus.Error.UnknownMethod", ""},
 		{"unknown interface", api.ManagerPath, "org.example.X.Y", nil, "org.freedesktop.DBus.Error.UnknownInterface", ""},
@@ -208,50 +216,6 @@ func TestBadCallsAreNamedErrors(t *testing.T) {
 	var version dbus.Variant
 	if err := invoke(conn, api.ManagerPath, api.PropertiesInterface+".Get", api.ManagerInterface, "Version").Store(&version); err != nil || version.Value() != "test" {
 		t.Errorf("after all that, Version is %v, %v", version, err)
-	}
-}
-
-// Every method that does more than read is denied to another user.
-func TestOthersMayOnlyRead(t *testing.T) {
-	need.Root(t)
-	gdbus := need.Tool(t, "gdbus", "libglib2.0-bin")
-	address := openBus(t)
-	nobody, err := user.Lookup("nobody")
-	if err != nil {
-		t.Fatal(err)
-	}
-	uid, _ := strconv.Atoi(nobody.Uid)
-	gid, _ := strconv.Atoi(nobody.Gid)
-	arguments := map[string]string{"s": "'x'", "o": "'/'", "h": "0", "v": "<1>", "a{sv}": "@a{sv} {}"}
-	denied := 0
-	for _, m := range methods {
-		if m.place != onManager && m.place != anywhere {
-			continue
-		}
-		args := []string{"call", "--address", address, "--dest", api.BusName, "--object-path", string(api.ManagerPath), "--method", m.iface + "." + m.member}
-		for in := m.in; in != ""; {
-			for sig, value := range arguments {
-				if rest, ok := strings.CutPrefix(in, sig); ok {
-					args, in = append(args, value), rest
-				}
-			}
-		}
-		cmd := exec.Command(gdbus, args...)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
-		out, err := cmd.CombinedOutput()
-		isDenied := bytes.Contains(out, []byte(api.ErrNotAuthorized))
-		if strings.Contains(m.in, "h") && bytes.Contains(out, []byte("file descriptor")) {
-			continue // gdbus can't pass descriptors; TestBadCallsAreNamedErrors does
-		}
-		if wanted := m.action != actionRead; isDenied != wanted {
-			t.Errorf("%s.%s: denied: %v, want %v: %v: %s", m.iface, m.member, isDenied, wanted, err, out)
-		}
-		if isDenied {
-			denied++
-		}
-	}
-	if denied == 0 {
-		t.Error("nothing was denied")
 	}
 }
 
@@ -294,7 +258,7 @@ func TestOnlyOneOnABus(t *testing.T) {
 	need.Root(t)
 	address := openBus(t)
 	c := config.Config{CacheDir: t.TempDir(), StateDir: t.TempDir(), Kernel: "auto", Memory: 512, JobRetention: time.Minute}
-	err := Serve(context.Background(), address, c, "second", func() error { return fmt.Errorf("it became ready") })
+	err := Serve(context.Background(), address, RootOnly, c, "second", func() error { return fmt.Errorf("it became ready") })
 	if err == nil || !strings.Contains(err.Error(), "another memlinuxd") {
 		t.Errorf("the second one: %v", err)
 	}
@@ -352,32 +316,4 @@ func TestDisksComeAndGo(t *testing.T) {
 	}
 	detach()
 	await("InterfacesRemoved")
-}
-
-// Messages that godbus would panic on end nothing.
-func TestHostileDescriptorsAreHarmless(t *testing.T) {
-	need.Root(t)
-	conn := dial(t, openBus(t))
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	defer w.Close()
-	fd := dbus.UnixFD(w.Fd())
-	for name, args := range map[string][]any{
-		"ah":                 {[]dbus.UnixFD{fd, fd}},
-		"a{sh}":              {map[string]dbus.UnixFD{"a": fd}},
-		"a{sh} in an option": {map[string]dbus.Variant{api.OptFiles: dbus.MakeVariant(map[string]dbus.UnixFD{"a": fd})}},
-		"many":               {[]dbus.UnixFD{fd, fd, fd, fd, fd, fd, fd, fd}, "x"},
-	} {
-		err := invoke(conn, api.ManagerPath, api.ManagerInterface+".Build", args...).Err
-		if got := api.ErrorName(err); got != "org.freedesktop.DBus.Error.InvalidArgs" {
-			t.Errorf("%s: %s: %v", name, got, err)
-		}
-	}
-	var paths []dbus.ObjectPath
-	if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".Devices", map[string]dbus.Variant{}).Store(&paths); err != nil {
-		t.Errorf("after that: %v", err)
-	}
 }

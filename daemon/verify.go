@@ -31,7 +31,7 @@ func (s *Server) verify(c *call) ([]any, error) {
 
 func (s *Server) verifyFile(c *call) ([]any, error) {
 	return s.startVerify(c, func(o *options) (*source, error) {
-		f := o.argument()
+		f := o.argument(toBeRead)
 		if f == nil {
 			return nil, o.err
 		}
@@ -54,8 +54,20 @@ func (s *Server) startVerify(c *call, open func(*options) (*source, error)) ([]a
 	if bootTest {
 		phases = append(phases, bootPhases...)
 	}
-	return s.start(c, api.KindVerify, phases, append(o.files, disk.file), func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+	before, err := fingerprintOf(disk.file)
+	if err != nil {
+		closeAll(append(o.files, disk.file))
+		return nil, err
+	}
+	return s.start(c, api.KindVerify, phases, append(o.files, disk.file), func(ctx context.Context, j *jobs.Job) (_ *api.Report, err error) {
 		report := &api.Report{Kind: api.KindVerify, Target: disk.target}
+		defer func() {
+			// Its owner can write a file while we read it.
+			if after, ferr := fingerprintOf(disk.file); err == nil && disk.target.Kind == "file" && (ferr != nil || after != before) {
+				report.Verified = false
+				err = &api.Error{Name: api.ErrVerification, Message: "the file was changed while it was verified; run it again when nothing writes it"}
+			}
+		}()
 		j.Begin(phaseCheck)
 		m, err := check(ctx, disk, report, j.Progress)
 		if err != nil {

@@ -27,7 +27,7 @@ const (
 // It ends when the machine powers off, or when the caller closes its end.
 func (s *Server) startVM(c *call) ([]any, error) {
 	o := c.options()
-	console := o.argument()
+	console := o.argument(toBeJoined)
 	m := testvm.Machine{
 		Firmware:   testvm.Firmware(o.oneOf(api.OptFirmware, string(testvm.BIOS), string(testvm.UEFI))),
 		Bus:        testvm.USB,
@@ -45,7 +45,7 @@ func (s *Server) startVM(c *call) ([]any, error) {
 	}
 	file := o.file(api.OptFile)
 	device := get[dbus.ObjectPath](o, api.OptDevice)
-	data := o.file(api.OptData)
+	data := o.stream(api.OptData)
 	switch {
 	case file != nil && device != "":
 		o.fail("options %q and %q exclude each other", api.OptFile, api.OptDevice)
@@ -127,9 +127,6 @@ func (s *Server) openToRead(ctx context.Context, file *os.File, device dbus.Obje
 		}
 		return &source{f, d.Size, d.LogicalBlockSize, deviceTarget(d)}, nil
 	case file != nil:
-		if err := wantRegular(file); err != nil {
-			return nil, invalidOption("%v", err)
-		}
 		f, err := readOnly(file)
 		if err != nil {
 			return nil, err
@@ -152,14 +149,11 @@ func (s *Server) openToRead(ctx context.Context, file *os.File, device dbus.Obje
 
 // dataDisc makes an ISO image of the tar stream in a nameless file.
 func (s *Server) dataDisc(ctx context.Context, stream *os.File) (*os.File, error) {
-	in, err := pollable(stream)
+	in, err := openStream(ctx, stream)
 	if err != nil {
 		return nil, fmt.Errorf("data disc: %w", err)
 	}
 	defer in.Close()
-	// A client that stops sending does not hold up a cancel.
-	stop := context.AfterFunc(ctx, func() { in.Close() })
-	defer stop()
 	if err := os.MkdirAll(s.config.CacheDir, 0o755); err != nil { //nolint:gosec // as the cache itself makes it
 		return nil, fmt.Errorf("data disc: %w", err)
 	}
@@ -188,6 +182,9 @@ func (s *Server) runVM(ctx context.Context, j *jobs.Job, m testvm.Machine, socke
 		return invalidOption("the console's descriptor is not a socket's")
 	}
 	defer console.Close()
+	// A client that takes nothing does not hold up a cancel.
+	stop := context.AfterFunc(ctx, func() { console.Close() })
+	defer stop()
 	select {
 	case s.guests <- struct{}{}:
 		defer func() { <-s.guests }()

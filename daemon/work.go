@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -11,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/jobs"
@@ -68,6 +68,9 @@ func (s *Server) dropOldReports() {
 		return // none yet
 	}
 	for _, e := range entries[:len(entries)-keepReports] {
+		if _, known := s.jobs.Job(e.Name()); known {
+			continue
+		}
 		if err := os.RemoveAll(s.stateDir("reports", e.Name())); err != nil {
 			fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
 		}
@@ -113,6 +116,18 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 		closeAll(files)
 		return nil, err
 	}
+	s.dropOldReports()
+	if slices.ContainsFunc(files, endsWithClient) {
+		// Whoever could feed it or listen to it is gone with the caller, and
+		// who holds the other end besides must not keep it alive.
+		leave := s.gate.stay(c.client)
+		stop := context.AfterFunc(c.client.ctx, j.Stop)
+		go func() {
+			_ = j.Wait(context.Background()) // returns when the job has ended
+			stop()
+			leave()
+		}()
+	}
 	return []any{api.JobPath(j.ID())}, nil
 }
 
@@ -127,12 +142,10 @@ func tell(j *jobs.Job) func(phase string, done, total int64) {
 func (s *Server) build(c *call) ([]any, error) {
 	o := c.options()
 	recipe := s.recipeOf(o)
-	outputs := o.fileMap(api.OptFiles)
-	for name, f := range outputs {
+	outputs := o.fileMap(api.OptFiles, toBeWritten)
+	for name := range outputs {
 		if !slices.Contains(api.BuildFiles(), name) {
 			o.fail("option %q has the file %q; it can have %s", api.OptFiles, name, strings.Join(api.BuildFiles(), ", "))
-		} else if err := wantRegular(f); err != nil {
-			o.fail("%s: %v", name, err)
 		}
 	}
 	if err := o.end(); err != nil {
@@ -208,17 +221,6 @@ func overwrite(ctx context.Context, f *os.File, from io.Reader) error {
 type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
-func wantRegular(f *os.File) error {
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if !info.Mode().IsRegular() {
-		return errors.New("the descriptor is not a regular file's")
-	}
-	return nil
-}
 
 // wantSerial fails where a boot could not be proven: that listens on the serial
 // line.
@@ -302,6 +304,9 @@ func (s *Server) openDevice(c *call, terms blockdev.Terms) (blockdev.Device, *bl
 	if err != nil {
 		return dev, nil, err
 	}
+	if deviceAction(dev, actionWriteRemovable, actionWriteFixed) != c.action {
+		return dev, nil, &api.Error{Name: api.ErrDeviceChanged, Message: dev.Path + " is another disk than a moment ago; look again, and run the command again"}
+	}
 	disk, err := s.devices.system.OpenOn(c.ctx, dev.Name, c.args[1].(string), terms)
 	return dev, disk, err
 }
@@ -330,12 +335,7 @@ func (s *Server) writeFile(c *call) ([]any, error) {
 	if size > 1<<46 {
 		o.fail("option %q is %d bytes; 64 TiB are the most", api.OptSize, size)
 	}
-	f := o.argument()
-	if f != nil {
-		if err := wantRegular(f); err != nil {
-			o.fail("%v", err)
-		}
-	}
+	f := o.argument(toBeBoth)
 	if err := o.end(); err != nil {
 		return nil, err
 	}
@@ -351,9 +351,10 @@ func (s *Server) writeFile(c *call) ([]any, error) {
 	})
 }
 
-// readOnly opens the file behind f once more, for reading only.
+// readOnly opens the file behind f, which is open for reading, once more: for
+// reading only, and without waiting for who holds a lease on it.
 func readOnly(f *os.File) (*os.File, error) {
-	r, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	r, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("reopen for reading: %w", err)
 	}

@@ -32,6 +32,7 @@ const (
 	PropertiesInterface     = "org.freedesktop.DBus.Properties"
 	ObjectManagerInterface  = "org.freedesktop.DBus.ObjectManager"
 	IntrospectableInterface = "org.freedesktop.DBus.Introspectable"
+	PeerInterface           = "org.freedesktop.DBus.Peer"
 )
 
 // Option keys. The D-Bus type of each value is in the comment. Descriptors never

@@ -20,6 +20,7 @@ const (
 	ErrDeviceChanged  = errPrefix + "DeviceChanged"  // not the device that was planned for
 	ErrNoSpace        = errPrefix + "NoSpace"        // the target is too small
 	ErrBusy           = errPrefix + "Busy"           // too many jobs run, or another program is at work on the same thing
+	ErrLimitsExceeded = errPrefix + "LimitsExceeded" // the caller wants too much at once
 	ErrCancelled      = errPrefix + "Cancelled"      // the job was cancelled
 	ErrInvalidOption  = errPrefix + "InvalidOption"  // an unknown option, or a value of the wrong type
 	ErrInvalidRecipe  = errPrefix + "InvalidRecipe"  // a recipe, or a kernel, busybox or file of it, that can't make a system

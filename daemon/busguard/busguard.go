@@ -1,9 +1,13 @@
-// Package busguard stands between the bus and godbus. godbus v5.2.4 panics, in a
-// goroutine of its own where nobody can recover, on a message that brings
-// descriptors in an array or dictionary of descriptors (ah, a{sh}, also within
-// a variant). Everybody on the system bus may send one, so without this any
-// user could end the daemon. The guard takes the arguments out of such a
-// message; the call then fails for its signature.
+// Package busguard stands between the bus and godbus, which on the system bus
+// meets the messages of everybody.
+//
+// Left alone with them, godbus v5.2.4 panics on arrays of descriptors, in a
+// goroutine of its own where nobody can recover; it closes the connection when a
+// message does not decode, though the bus found it valid (a variant in a variant,
+// 64 deep); and descriptors that no argument points at, or that come with a
+// signal, stay open for ever. So godbus gets no descriptors here: the guard keeps
+// them, hands them over beside the decoded message, and drops what godbus can't
+// decode.
 package busguard
 
 import (
@@ -15,53 +19,41 @@ import (
 	"net"
 	"net/url"
 	"os"
-	"path/filepath"
-	"reflect"
 	"strings"
 
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
 )
 
-// Dial connects to the bus at a unix: address through a guard, which lives as
-// long as the connection.
-func Dial(address string, options ...dbus.ConnOption) (*dbus.Conn, error) {
+// Arrive is called for each message, in the order in which they come, before
+// godbus does anything with it. The files are the message's descriptors, which
+// are now the callee's to close; in the message's body each descriptor is a
+// dbus.UnixFDIndex into them, which may point beyond them. The size is the
+// message's on the bus, in bytes. It must not wait for another message.
+type Arrive func(msg *dbus.Message, size int, files []*os.File)
+
+// Dial connects to the bus at a unix: address.
+func Dial(address string, arrive Arrive, options ...dbus.ConnOption) (*dbus.Conn, error) {
 	bus, err := dialUnix(address)
 	if err != nil {
 		return nil, err
 	}
-	conn, err := through(bus, options)
+	g := &guard{bus: &reader{from: bus, oob: make([]byte, unix.CmsgSpace(4*maxFiles))}, socket: bus}
+	intercept := dbus.WithIncomingInterceptor(func(msg *dbus.Message) {
+		arrive(msg, g.size, g.takeFiles())
+	})
+	conn, err := dbus.NewConn(g, append(options, intercept)...)
 	if err != nil {
 		bus.Close()
 		return nil, err
 	}
+	if err := conn.Auth(nil); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	if err := conn.Hello(); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
 	return conn, nil
-}
-
-// through gives godbus a socket to dial, since it takes no connection that
-// carries descriptors, and joins that and bus.
-func through(bus *net.UnixConn, options []dbus.ConnOption) (*dbus.Conn, error) {
-	dir, err := os.MkdirTemp("", "memlinux-guard-") // only we can look into it
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(dir)
-	path := filepath.Join(dir, "bus")
-	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
-	if err != nil {
-		return nil, err
-	}
-	joined := make(chan error, 1)
-	go func() {
-		inner, err := listener.AcceptUnix()
-		if err == nil {
-			go join(bus, inner)
-		}
-		joined <- err
-	}()
-	conn, err := dbus.Connect("unix:path="+path, options...)
-	listener.Close() // ends an Accept that still waits
-	return conn, errors.Join(err, <-joined)
 }
 
 // dialUnix connects to the first unix: address of the list (D-Bus
@@ -89,45 +81,126 @@ func dialUnix(addresses string) (*net.UnixConn, error) {
 	return nil, fmt.Errorf("bus address %q: only sockets (unix:path=, unix:abstract=) are supported", addresses)
 }
 
-// join passes everything on in both directions until one side ends.
-func join(bus, inner *net.UnixConn) {
-	go func() {
-		_ = passOn(inner, bus) // any end is the end
-		bus.Close()
-		inner.Close()
+// guard is the connection as godbus sees it. Only one goroutine of godbus reads,
+// and calls the interceptor.
+type guard struct {
+	bus     *reader
+	socket  *net.UnixConn
+	begun   bool // authentication is over
+	left    []byte
+	size    int
+	arrived []int // descriptors of the message that godbus reads
+}
+
+// begin is godbus' last line of the authentication.
+const begin = "BEGIN\r\n"
+
+// Write passes on what godbus says. It asks for no descriptors, since it takes
+// none from such a connection, so we do (D-Bus specification, "Authentication
+// Protocol").
+func (g *guard) Write(p []byte) (int, error) {
+	if !g.begun && string(p) == begin {
+		if _, err := g.socket.Write([]byte("NEGOTIATE_UNIX_FD\r\n")); err != nil {
+			return 0, err
+		}
+		line, err := readLine(g.bus)
+		if err != nil {
+			return 0, err
+		}
+		if !strings.HasPrefix(line, "AGREE_UNIX_FD") {
+			return 0, fmt.Errorf("the bus passes no descriptors: %q", line)
+		}
+		g.begun = true
+	}
+	return g.socket.Write(p)
+}
+
+// Read gives lines while godbus authenticates, and then whole messages that it
+// can decode.
+func (g *guard) Read(p []byte) (int, error) {
+	if !g.begun {
+		return g.bus.Read(p)
+	}
+	for len(g.left) == 0 {
+		message, err := readMessage(g.bus)
+		files := g.bus.takeFiles()
+		if err != nil {
+			closeAll(files)
+			return 0, err
+		}
+		if decodes(message) != nil {
+			// One bad message must not end the connection: it is dropped, and
+			// its sender waits in vain.
+			closeAll(files)
+			continue
+		}
+		closeAll(g.arrived) // of a message that godbus dropped
+		g.left, g.size, g.arrived = message, len(message), files
+	}
+	n := copy(p, g.left)
+	g.left = g.left[n:]
+	return n, nil
+}
+
+// Close ends the connection.
+func (g *guard) Close() error { return g.socket.Close() }
+
+func (g *guard) takeFiles() []*os.File {
+	var files []*os.File
+	for _, fd := range g.arrived {
+		files = append(files, os.NewFile(uintptr(fd), "the given file"))
+	}
+	g.arrived = nil
+	return files
+}
+
+// decodes says whether godbus can decode the message.
+func decodes(message []byte) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%v", p)
+		}
 	}()
-	_ = guard(bus, inner)
-	bus.Close()
-	inner.Close()
+	rest := bytes.NewReader(message)
+	if _, err := dbus.DecodeMessage(rest); err != nil {
+		return err
+	}
+	if rest.Len() > 0 {
+		return errors.New("it is longer than it says")
+	}
+	return nil
+}
+
+// reader reads the bytes of a socket and collects the descriptors on the way.
+type reader struct {
+	from  *net.UnixConn
+	files []int
+	oob   []byte
 }
 
 // maxFiles is the kernel's limit of descriptors in one message (SCM_MAX_FD).
 const maxFiles = 253
 
-// passOn copies bytes, and descriptors with the bytes that they came with.
-func passOn(from, to *net.UnixConn) error {
-	buf := make([]byte, 64<<10)
-	oob := make([]byte, unix.CmsgSpace(4*maxFiles))
-	for {
-		n, oobn, flags, _, err := from.ReadMsgUnix(buf, oob)
-		if err != nil {
-			return err
-		}
-		if n == 0 {
-			return io.EOF
-		}
-		if flags&unix.MSG_CTRUNC != 0 {
-			return errors.New("descriptors were lost")
-		}
-		files, err := descriptors(oob[:oobn])
-		if err == nil {
-			err = send(to, buf[:n], files)
-		}
-		closeAll(files)
-		if err != nil {
-			return err
-		}
+func (r *reader) Read(p []byte) (int, error) {
+	n, oobn, flags, _, err := r.from.ReadMsgUnix(p, r.oob)
+	if err != nil {
+		return n, err
 	}
+	files, err := descriptors(r.oob[:oobn])
+	r.files = append(r.files, files...)
+	if flags&unix.MSG_CTRUNC != 0 {
+		return n, errors.New("descriptors were lost")
+	}
+	if n == 0 && err == nil {
+		err = io.EOF
+	}
+	return n, err
+}
+
+func (r *reader) takeFiles() []int {
+	files := r.files
+	r.files = nil
+	return files
 }
 
 func descriptors(oob []byte) ([]int, error) {
@@ -154,69 +227,7 @@ func descriptors(oob []byte) ([]int, error) {
 
 func closeAll(files []int) {
 	for _, fd := range files {
-		unix.Close(fd)
-	}
-}
-
-func send(to *net.UnixConn, p []byte, files []int) error {
-	var oob []byte
-	if len(files) > 0 {
-		oob = unix.UnixRights(files...)
-	}
-	n, _, err := to.WriteMsgUnix(p, oob, nil)
-	if err == nil && n < len(p) {
-		_, err = to.Write(p[n:])
-	}
-	return err
-}
-
-// reader reads the bytes of a socket and collects the descriptors on the way.
-type reader struct {
-	from  *net.UnixConn
-	files []int
-	oob   []byte
-}
-
-func (r *reader) Read(p []byte) (int, error) {
-	n, oobn, flags, _, err := r.from.ReadMsgUnix(p, r.oob)
-	if err != nil {
-		return n, err
-	}
-	if flags&unix.MSG_CTRUNC != 0 {
-		return n, errors.New("descriptors were lost")
-	}
-	files, err := descriptors(r.oob[:oobn])
-	r.files = append(r.files, files...)
-	if n == 0 && err == nil {
-		err = io.EOF
-	}
-	return n, err
-}
-
-// guard passes on what the bus says: lines while it authenticates, then
-// messages (D-Bus specification, "Authentication Protocol", "Message Format").
-func guard(bus, inner *net.UnixConn) error {
-	r := &reader{from: bus, oob: make([]byte, unix.CmsgSpace(4*maxFiles))}
-	defer func() { closeAll(r.files) }()
-	for {
-		unit, err := readUnit(r)
-		if err != nil {
-			return err
-		}
-		files := r.files
-		if len(files) > 0 && isMessage(unit) {
-			// One bad message must not end the connection: it is dropped,
-			// and its sender waits in vain.
-			unit, files, _ = harmless(unit, files)
-		}
-		if len(unit) > 0 {
-			err = send(inner, unit, files)
-		}
-		closeAll(r.files)
-		r.files = r.files[:0]
-		if err != nil {
-			return err
-		}
+		_ = unix.Close(fd)
 	}
 }
 
@@ -224,109 +235,52 @@ const (
 	fixedHeader = 16
 	maxMessage  = 128 << 20 // D-Bus specification, "Message Format"
 	maxLine     = 16 << 10
+	// chunk is what a message may claim before its bytes are there.
+	chunk = 64 << 10
 )
 
-// isMessage tells a message, which begins with its byte order, from a line of
-// the authentication, all of which begin with a capital but B.
-func isMessage(unit []byte) bool { return unit[0] == 'l' || unit[0] == 'B' }
-
-// readUnit reads a line, or a message.
-func readUnit(r io.Reader) ([]byte, error) {
-	unit := make([]byte, 1)
-	if _, err := io.ReadFull(r, unit); err != nil {
-		return nil, err
-	}
-	if !isMessage(unit) {
-		for unit[len(unit)-1] != '\n' {
-			if len(unit) == maxLine {
-				return nil, errors.New("the bus sent a line without end")
-			}
-			unit = append(unit, 0)
-			if _, err := io.ReadFull(r, unit[len(unit)-1:]); err != nil {
-				return nil, err
-			}
+func readLine(r io.Reader) (string, error) {
+	var line []byte
+	for !bytes.HasSuffix(line, []byte("\n")) {
+		if len(line) == maxLine {
+			return "", errors.New("the bus sent a line without end")
 		}
-		return unit, nil
+		line = append(line, 0)
+		if _, err := io.ReadFull(r, line[len(line)-1:]); err != nil {
+			return "", err
+		}
 	}
-	unit = append(unit, make([]byte, fixedHeader-1)...)
-	if _, err := io.ReadFull(r, unit[1:]); err != nil {
+	return string(line), nil
+}
+
+// readMessage reads the bytes of a message (D-Bus specification, "Message
+// Format").
+func readMessage(r io.Reader) ([]byte, error) {
+	message := make([]byte, fixedHeader)
+	if _, err := io.ReadFull(r, message); err != nil {
 		return nil, err
 	}
-	var order binary.ByteOrder = binary.LittleEndian
-	if unit[0] == 'B' {
+	var order binary.ByteOrder
+	switch message[0] {
+	case 'l':
+		order = binary.LittleEndian
+	case 'B':
 		order = binary.BigEndian
+	default:
+		return nil, errors.New("the bus sent what is no message")
 	}
-	fields := (uint64(order.Uint32(unit[12:])) + 7) &^ 7
-	rest := fields + uint64(order.Uint32(unit[4:]))
+	fields := (uint64(order.Uint32(message[12:])) + 7) &^ 7
+	rest := fields + uint64(order.Uint32(message[4:]))
 	if rest > maxMessage {
 		return nil, errors.New("the bus sent a message that is too long")
 	}
-	unit = append(unit, make([]byte, rest)...)
-	_, err := io.ReadFull(r, unit[fixedHeader:])
-	return unit, err
-}
-
-// harmless gives the message as godbus can take it: as it is, or without its
-// arguments and descriptors.
-func harmless(message []byte, files []int) ([]byte, []int, error) {
-	// Without descriptors at hand godbus decodes their indexes, and does not
-	// panic.
-	decoded, err := dbus.DecodeMessage(bytes.NewReader(message))
-	if err != nil {
-		return nil, nil, fmt.Errorf("the bus sent an invalid message: %w", err)
+	for rest > 0 {
+		n := len(message)
+		message = append(message, make([]byte, min(rest, uint64(max(n, chunk))))...)
+		if _, err := io.ReadFull(r, message[n:]); err != nil {
+			return nil, err
+		}
+		rest -= uint64(len(message) - n)
 	}
-	if !crashes(decoded.Body) {
-		return message, files, nil
-	}
-	decoded.Body = nil
-	delete(decoded.Headers, dbus.FieldSignature)
-	delete(decoded.Headers, dbus.FieldUnixFDs)
-	var bare bytes.Buffer
-	if err := decoded.EncodeTo(&bare, binary.LittleEndian); err != nil {
-		return nil, nil, fmt.Errorf("strip a message: %w", err)
-	}
-	return bare.Bytes(), nil, nil
-}
-
-// crashes reports whether v holds an array or dictionary whose type has
-// descriptors in it.
-func crashes(v any) bool {
-	switch v := v.(type) {
-	case nil:
-		return false
-	case dbus.Variant:
-		return crashes(v.Value())
-	case []any: // arguments, or a structure
-		for _, e := range v {
-			if crashes(e) {
-				return true
-			}
-		}
-		return false
-	}
-	value := reflect.ValueOf(v)
-	switch value.Kind() {
-	case reflect.Slice:
-		if strings.Contains(value.Type().String(), "UnixFDIndex") {
-			return true
-		}
-		if value.Type().Elem().Kind() == reflect.Uint8 {
-			return false
-		}
-		for i := range value.Len() {
-			if crashes(value.Index(i).Interface()) {
-				return true
-			}
-		}
-	case reflect.Map:
-		if strings.Contains(value.Type().String(), "UnixFDIndex") {
-			return true
-		}
-		for _, key := range value.MapKeys() {
-			if crashes(value.MapIndex(key).Interface()) {
-				return true
-			}
-		}
-	}
-	return false
+	return message, nil
 }

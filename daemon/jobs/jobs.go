@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -26,6 +27,12 @@ import (
 // MaxRunning is how many jobs may run at once. A job holds memory, a virtual
 // machine or a disk: more than a few at once only make each other slow.
 const MaxRunning = 8
+
+// What a user but root may have of them.
+const (
+	MaxRunningOfUser = 4
+	MaxEndedOfUser   = 32 // the oldest are forgotten before their time
+)
 
 // Phase is a part of a job. Weight is its share of the job's progress, in any
 // unit that is the same for all phases of a job.
@@ -189,14 +196,20 @@ func (r *Registry) forgetAfter(j *Job, d time.Duration) {
 	time.AfterFunc(d, func() {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if r.closed {
-			return
+		if !r.closed {
+			r.forget(j)
 		}
-		id := j.Snapshot().ID
-		delete(r.jobs, id)
-		_ = os.Remove(filepath.Join(r.dir, id+".json")) // load removes what stays
-		r.events.JobRemoved(id)
 	})
+}
+
+// forget is for who holds r.mu.
+func (r *Registry) forget(j *Job) {
+	if r.jobs[j.ID()] != j {
+		return // it is already
+	}
+	delete(r.jobs, j.ID())
+	_ = os.Remove(filepath.Join(r.dir, j.ID()+".json")) // load removes what stays
+	r.events.JobRemoved(j.ID())
 }
 
 // newID is a fresh name that is valid in an object path and sorts by time.
@@ -258,17 +271,35 @@ func (r *Registry) add(j *Job) error {
 	if r.closed {
 		return &api.Error{Name: api.ErrBusy, Message: "memlinuxd is stopping; try again in a moment"}
 	}
-	n := 0
+	n, ofUser := 0, 0
+	var ended []*Job
 	for _, other := range r.jobs {
-		if other.Snapshot().State == api.StateRunning {
+		state := other.Snapshot()
+		own := state.Owner == j.state.Owner && state.Owner != 0
+		switch {
+		case state.State == api.StateRunning:
 			n++
+			if own {
+				ofUser++
+			}
+		case own && other.over():
+			ended = append(ended, other)
 		}
+	}
+	if ofUser >= MaxRunningOfUser {
+		return &api.Error{Name: api.ErrLimitsExceeded, Message: fmt.Sprintf("%d jobs of your user are running already; wait for one to end, or cancel one (memlinux jobs)", ofUser)}
 	}
 	if n >= MaxRunning {
 		return &api.Error{Name: api.ErrBusy, Message: fmt.Sprintf("%d jobs are running already; wait for one to end, or cancel one (memlinux jobs)", n)}
 	}
 	if err := r.save(stored{Job: j.state, Instance: r.instance}); err != nil {
 		return err
+	}
+	if len(ended) >= MaxEndedOfUser {
+		slices.SortFunc(ended, func(a, b *Job) int { return strings.Compare(a.ID(), b.ID()) })
+		for _, old := range ended[:len(ended)-MaxEndedOfUser+1] {
+			r.forget(old)
+		}
 	}
 	r.jobs[j.state.ID] = j
 	r.running.Add(1)
@@ -407,12 +438,17 @@ func (j *Job) tell(always bool) {
 	j.registry.events.JobChanged(j.state)
 }
 
-// Cancel stops the job and returns when nothing of it runs any more, or when
-// ctx ends. The state then tells whether it ended before it could be stopped.
-func (j *Job) Cancel(ctx context.Context) error {
+// Stop cancels the job and does not wait for its end.
+func (j *Job) Stop() {
 	if j.cancel != nil {
 		j.cancel()
 	}
+}
+
+// Cancel stops the job and returns when nothing of it runs any more, or when
+// ctx ends. The state then tells whether it ended before it could be stopped.
+func (j *Job) Cancel(ctx context.Context) error {
+	j.Stop()
 	return j.Wait(ctx)
 }
 
@@ -423,6 +459,16 @@ func (j *Job) Wait(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
+	}
+}
+
+// over reports whether the job's end is stored.
+func (j *Job) over() bool {
+	select {
+	case <-j.done:
+		return true
+	default:
+		return false
 	}
 }
 

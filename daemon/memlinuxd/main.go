@@ -67,7 +67,7 @@ func run() int {
 	if *private {
 		err = servePrivate(ctx, c)
 	} else {
-		err = daemon.Serve(ctx, "", c, version, systemd.NotifyReady)
+		err = daemon.Serve(ctx, "", daemon.Polkit, c, version, systemd.NotifyReady)
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
@@ -90,7 +90,7 @@ func servePrivate(ctx context.Context, c config.Config) error {
 		_, _ = io.Copy(io.Discard, os.Stdin) // any end is the end
 		cancel()
 	}()
-	return daemon.Serve(ctx, bus.Address, c, version, func() error {
+	return daemon.Serve(ctx, bus.Address, daemon.RootOnly, c, version, func() error {
 		_, err := fmt.Println(bus.Address)
 		return err
 	})
