@@ -234,23 +234,29 @@ func (s *Server) authorize(c *call, may permission) error {
 	if q.Details == nil {
 		q.Details = map[string]string{}
 	}
-	err := s.authority(c.ctx, s.conn, q)
+	err := s.authority(c.ctx, s.aside, q)
 	if c.ctx.Err() != nil {
 		return denied("the caller is gone")
 	}
 	return err
 }
 
-// callerOf finds out who sent a call.
-func (s *Server) callerOf(ctx context.Context, sender string) (uint32, error) {
-	if sender == "" {
+// userOf finds out whose connection it is, which never changes.
+func (s *Server) userOf(c *client) (uint32, error) {
+	if c.name == "" {
 		return 0, denied("the call has no sender")
 	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	c.asking.Lock()
+	defer c.asking.Unlock()
+	if c.uid != nil {
+		return *c.uid, nil
+	}
+	ctx, cancel := context.WithTimeout(c.ctx, 10*time.Second)
 	defer cancel()
 	var uid uint32
-	if err := s.conn.BusObject().CallWithContext(ctx, busName+".GetConnectionUnixUser", 0, sender).Store(&uid); err != nil {
+	if err := s.aside.BusObject().CallWithContext(ctx, busName+".GetConnectionUnixUser", 0, c.name).Store(&uid); err != nil {
 		return 0, denied("who is calling can't be found out: %v", err)
 	}
+	c.uid = &uid
 	return uid, nil
 }

@@ -50,6 +50,9 @@ type client struct {
 	uses  int // calls and jobs that end with it
 	ctx   context.Context
 	gone  context.CancelFunc
+
+	asking sync.Mutex // for its user, once for all calls
+	uid    *uint32
 }
 
 // arrival is a call between its arrival and its answer.
@@ -188,14 +191,11 @@ func (g *gate) left(name string) {
 }
 
 // arrive is the guard's: it lets calls in, in the order in which they come, and
-// refuses at once what is too much. It is busy with one message at a time, so
-// that the bus keeps what comes faster than it can be refused.
+// refuses at once what is too much. It waits for nothing: the bus drops calls when
+// its queue for us is full.
 func (s *Server) arrive(msg *dbus.Message, size int, files []*os.File) {
 	if msg.Type != dbus.TypeMethodCall {
 		closeAll(files)
-		if name, ok := lostName(msg); ok {
-			s.gate.left(name)
-		}
 		return
 	}
 	if msg.Headers[dbus.FieldInterface].Value() == api.PeerInterface {
@@ -208,25 +208,50 @@ func (s *Server) arrive(msg *dbus.Message, size int, files []*os.File) {
 		return
 	}
 	msg.Type = 0 // godbus goes no further
-	select {
-	case <-s.opened:
-	default:
-		return // not yet anybody to answer
-	}
 	if msg.Flags&dbus.FlagNoReplyExpected != 0 {
 		return
 	}
-	s.conn.Send(&dbus.Message{Type: dbus.TypeError, Flags: dbus.FlagNoReplyExpected, Body: []any{err.Error()}, Headers: map[dbus.HeaderField]dbus.Variant{
+	select {
+	case s.refusals <- &dbus.Message{Type: dbus.TypeError, Flags: dbus.FlagNoReplyExpected, Body: []any{err.Error()}, Headers: map[dbus.HeaderField]dbus.Variant{
 		dbus.FieldDestination: msg.Headers[dbus.FieldSender],
 		dbus.FieldErrorName:   dbus.MakeVariant(api.ErrorName(err)),
 		dbus.FieldReplySerial: dbus.MakeVariant(msg.Serial()),
 		dbus.FieldSignature:   dbus.MakeVariant(dbus.SignatureOf("")),
-	}}, nil)
+	}}:
+	default: // who has so many refused does not listen
+	}
+}
+
+// maxRefusals is how many refusals may wait to be sent.
+const maxRefusals = 16 << 10
+
+// refuse sends the refusals until ctx ends.
+func (s *Server) refuse(ctx context.Context) {
+	for {
+		select {
+		case msg := <-s.refusals:
+			s.conn.Send(msg, nil)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// overhear is the guard's of the connection for our own questions. Nobody has a
+// reason to call that.
+func (s *Server) overhear(msg *dbus.Message, _ int, files []*os.File) {
+	closeAll(files)
+	if name, ok := lostName(msg); ok {
+		s.gate.left(name)
+	}
+	if msg.Type == dbus.TypeMethodCall {
+		msg.Type = 0 // godbus goes no further
+	}
 }
 
 // watchCallers asks the bus to say which connections end.
 func (s *Server) watchCallers(ctx context.Context) error {
-	err := s.conn.AddMatchSignalContext(ctx, dbus.WithMatchSender(busName), dbus.WithMatchInterface(busName), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchOption("arg2", ""))
+	err := s.aside.AddMatchSignalContext(ctx, dbus.WithMatchSender(busName), dbus.WithMatchInterface(busName), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchOption("arg2", ""))
 	if err != nil {
 		return fmt.Errorf("watch who leaves the bus: %w", err)
 	}

@@ -25,6 +25,7 @@ import (
 // Server is memlinuxd on one bus.
 type Server struct {
 	conn    *dbus.Conn
+	aside   *dbus.Conn // for our own questions: the bus drops answers when its queue for conn is full of others' calls
 	config  config.Config
 	version string
 	jobs    *jobs.Registry
@@ -39,6 +40,7 @@ type Server struct {
 	interruptions *interruptions
 	authority Authority
 	gate      *gate
+	refusals  chan *dbus.Message
 }
 
 // maxLooks is how many disks may be looked at at once.
@@ -53,13 +55,24 @@ const maxGuests = 2
 // what. ready is called when the name is ours. On return no job runs any more.
 func Serve(ctx context.Context, address string, authority Authority, c config.Config, version string, ready func() error) error {
 	s := &Server{config: c, version: version, guests: make(chan struct{}, maxGuests), looks: make(chan struct{}, maxLooks),
-		opened: make(chan struct{}), ctx: ctx, authority: authority, gate: newGate()}
-	conn, err := s.connect(address)
+		opened: make(chan struct{}), ctx: ctx, authority: authority, gate: newGate(), refusals: make(chan *dbus.Message, maxRefusals)}
+	conn, err := connect(address, s.arrive, dbus.WithHandler(s))
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	s.conn = conn
+	if s.aside, err = connect(address, s.overhear); err != nil {
+		return err
+	}
+	defer s.aside.Close()
+	refusing := make(chan struct{})
+	refuse, stopRefusing := context.WithCancel(ctx)
+	defer func() { stopRefusing(); <-refusing }()
+	go func() {
+		defer close(refusing)
+		s.refuse(refuse)
+	}()
 	if err := s.watchCallers(ctx); err != nil {
 		return err
 	}
@@ -100,15 +113,16 @@ func Serve(ctx context.Context, address string, authority Authority, c config.Co
 	case <-ctx.Done():
 		return nil
 	case <-conn.Context().Done():
-		return errors.New("the bus went away")
+	case <-s.aside.Context().Done():
 	}
+	return errors.New("the bus went away")
 }
 
-func (s *Server) connect(address string) (*dbus.Conn, error) {
+func connect(address string, arrive busguard.Arrive, options ...dbus.ConnOption) (*dbus.Conn, error) {
 	if address == "" {
 		address = systemBus()
 	}
-	conn, err := busguard.Dial(address, s.arrive, dbus.WithHandler(s))
+	conn, err := busguard.Dial(address, arrive, options...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the bus: %w", err)
 	}
@@ -256,6 +270,7 @@ func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.
 		}
 		closeAll(a.files)
 		s.gate.answered(msg)
+		err = bounded(err)
 	}()
 	select { // a call to our unique name can come before we are ready
 	case <-s.opened:
@@ -273,7 +288,7 @@ func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.
 	}
 	c := &call{ctx: a.client.ctx, path: path, client: a.client, args: msg.Body, files: a.files,
 		interactive: msg.Flags&dbus.FlagAllowInteractiveAuthorization != 0}
-	if c.uid, err = s.callerOf(c.ctx, c.client.name); err != nil {
+	if c.uid, err = s.userOf(a.client); err != nil {
 		return nil, err
 	}
 	if err := s.gate.count(a, c.uid); err != nil {
@@ -311,6 +326,24 @@ func (s *Server) lookup(path dbus.ObjectPath, iface, member string) (method, err
 		return method{}, dbus.NewError("org.freedesktop.DBus.Error.UnknownInterface", []any{fmt.Sprintf("%s has no interface %s", path, iface)})
 	}
 	return method{}, dbus.NewError("org.freedesktop.DBus.Error.UnknownMethod", []any{fmt.Sprintf("%s has no method %s.%s", path, iface, member)})
+}
+
+// maxWords is how long an error's text may be, in bytes. Most of them quote what
+// the caller gave.
+const maxWords = 16 << 10
+
+// bounded is err with no longer a text than that, as the bus takes it.
+func bounded(err error) error {
+	var bus *dbus.Error
+	var contract *api.Error
+	switch {
+	case errors.As(err, &bus) && len(bus.Body) == 1:
+		text, _ := bus.Body[0].(string)
+		return dbus.NewError(bus.Name, []any{api.Words(text, maxWords)})
+	case errors.As(err, &contract):
+		return &api.Error{Name: contract.Name, Message: api.Words(err.Error(), maxWords)}
+	}
+	return err
 }
 
 // contractError gives every error a name of the contract.

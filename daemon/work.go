@@ -117,19 +117,41 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 		return nil, err
 	}
 	s.dropOldReports()
+	if c.ctx.Err() != nil {
+		j.Stop() // nobody will ever know of it
+	}
 	if slices.ContainsFunc(files, endsWithClient) {
-		// Whoever could feed it or listen to it is gone with the caller, and
-		// who holds the other end besides must not keep it alive.
-		leave := s.gate.stay(c.client)
-		stop := context.AfterFunc(c.client.ctx, j.Stop)
-		go func() {
-			_ = j.Wait(context.Background()) // returns when the job has ended
-			stop()
-			leave()
-		}()
+		s.bind(j, c.client)
 	}
 	return []any{api.JobPath(j.ID())}, nil
 }
+
+// bind ends the job with the client's connection: whoever could feed it or listen
+// to it is gone then, and who else holds the other end must not keep it alive.
+func (s *Server) bind(j *jobs.Job, c *client) {
+	leave := s.gate.stay(c)
+	stop := context.AfterFunc(c.ctx, j.Stop)
+	go func() {
+		defer leave()
+		defer stop()
+		for {
+			// The bus may have dropped the word that it is gone.
+			ctx, cancel := context.WithTimeout(context.Background(), askAgain)
+			err := j.Wait(ctx)
+			cancel()
+			if err == nil {
+				return
+			}
+			var has bool
+			if err := s.aside.BusObject().CallWithContext(c.ctx, busName+".NameHasOwner", 0, c.name).Store(&has); err == nil && !has {
+				j.Stop()
+			}
+		}
+	}()
+}
+
+// askAgain is how often it is asked whether a job's client is still there.
+const askAgain = 30 * time.Second
 
 // tell passes a room's progress on to the job.
 func tell(j *jobs.Job) func(phase string, done, total int64) {

@@ -160,9 +160,21 @@ func (c *Client) follow(path dbus.ObjectPath) (signals <-chan *dbus.Signal, end 
 	}
 }
 
-// call calls a method of the contract and stores what it returns.
+// call calls a method of the contract and stores what it returns. Whoever must
+// allow it may be asked: godbus' Call drops that flag, so the message is made
+// here.
 func (c *Client) call(ctx context.Context, path dbus.ObjectPath, method string, args []any, ret ...any) error {
-	call := c.conn.Object(api.BusName, path).CallWithContext(ctx, method, 0, args...)
+	dot := strings.LastIndex(method, ".")
+	msg := &dbus.Message{Type: dbus.TypeMethodCall, Flags: dbus.FlagAllowInteractiveAuthorization, Body: args, Headers: map[dbus.HeaderField]dbus.Variant{
+		dbus.FieldDestination: dbus.MakeVariant(api.BusName),
+		dbus.FieldPath:        dbus.MakeVariant(path),
+		dbus.FieldInterface:   dbus.MakeVariant(method[:dot]),
+		dbus.FieldMember:      dbus.MakeVariant(method[dot+1:]),
+	}}
+	if len(args) > 0 {
+		msg.Headers[dbus.FieldSignature] = dbus.MakeVariant(dbus.SignatureOf(args...))
+	}
+	call := <-c.conn.SendWithContext(ctx, msg, nil).Done
 	if call.Err != nil {
 		return c.explain(call.Err)
 	}
@@ -176,7 +188,7 @@ func (c *Client) explain(err error) error {
 		return err
 	}
 	switch d.Name {
-	case "org.freedesktop.DBus.Error.AccessDenied":
+	case "org.freedesktop.DBus.Error.AccessDenied", "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired":
 		return &api.Error{Name: api.ErrNotAuthorized, Message: d.Error()}
 	case "org.freedesktop.DBus.Error.NoReply", "org.freedesktop.DBus.Error.NameHasNoOwner":
 		return c.gone("")
@@ -277,12 +289,37 @@ func (c *Client) Plan(ctx context.Context, device string) (api.Plan, error) {
 	return api.PlanFrom(p)
 }
 
+// startGrace is how long a start may go on when it is cancelled.
+const startGrace = 3 * time.Second
+
 // Start calls a method of the manager that starts a job, and returns the job's
-// path.
+// path. On a terminal an agent asks there for a password, if one is needed and no
+// other agent asks for it. When ctx ends, a job that has just begun is still
+// returned, to be followed to its end; one that waits for somebody to allow it
+// never begins.
 func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.ObjectPath, error) {
+	if c.private == nil && os.Geteuid() != 0 {
+		stop := startAgent(ctx)
+		defer stop()
+	}
 	var job dbus.ObjectPath
-	err := c.call(ctx, api.ManagerPath, api.ManagerInterface+"."+method, args, &job)
-	return job, err
+	started := make(chan error, 1)
+	go func() {
+		started <- c.call(context.WithoutCancel(ctx), api.ManagerPath, api.ManagerInterface+"."+method, args, &job)
+	}()
+	select {
+	case err := <-started:
+		return job, err
+	case <-ctx.Done():
+	}
+	select {
+	case err := <-started:
+		return job, err
+	case <-time.After(startGrace):
+		_ = c.conn.Close() // the daemon gives up what it does for us
+		<-started
+		return "", ctx.Err()
+	}
 }
 
 // Follow reports every change of the job until it has ended, and returns its

@@ -64,7 +64,7 @@ func (g *global) build(ctx context.Context, s *systemFlags, dir string) error {
 	}
 	o.set(api.OptFiles, fds)
 	return g.job(ctx, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
-		return c.Start(context.WithoutCancel(ctx), "Build", o.options)
+		return c.Start(ctx, "Build", o.options)
 	}, func(job api.Job) (string, error) {
 		if job.State != api.StateSucceeded {
 			return "", nil

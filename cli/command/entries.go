@@ -65,7 +65,7 @@ func (g *global) install(ctx context.Context, w *installFlags) error {
 	o.set(api.OptDryRun, w.dryRun)
 	o.set(api.OptBootTest, !w.noBootTest)
 	return g.job(ctx, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
-		return c.Start(context.WithoutCancel(ctx), "InstallEntry", o.options)
+		return c.Start(ctx, "InstallEntry", o.options)
 	}, nil)
 }
 
@@ -111,7 +111,7 @@ func newEntries(g *global) *cobra.Command {
 // menuJob is a command that changes the boot menu in a moment.
 func (g *global) menuJob(ctx context.Context, method string, arguments ...any) error {
 	return g.job(ctx, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
-		return c.Start(context.WithoutCancel(ctx), method, append(arguments, api.Properties{})...)
+		return c.Start(ctx, method, append(arguments, api.Properties{})...)
 	}, nil)
 }
 

@@ -128,7 +128,7 @@ func (g *global) buildManifest(ctx context.Context, s *systemFlags) (api.Manifes
 	o.set(api.OptFiles, api.Properties{api.FileManifest: dbus.MakeVariant(fdOf(f))})
 	// The account goes to stdout, so what happens meanwhile goes to stderr.
 	if _, _, err := g.follow(ctx, os.Stderr, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
-		return c.Start(context.WithoutCancel(ctx), "Build", o.options)
+		return c.Start(ctx, "Build", o.options)
 	}, nil); err != nil {
 		return api.Manifest{}, err
 	}

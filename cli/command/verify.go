@@ -31,7 +31,7 @@ BIOS and UEFI firmware. Nothing is written to it.`,
 				return err
 			}
 			return g.job(c.Context(), func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
-				return c.Start(context.WithoutCancel(ctx), method, subject, o.options)
+				return c.Start(ctx, method, subject, o.options)
 			}, func(api.Job) (string, error) { return a[0], nil })
 		},
 	}

@@ -133,7 +133,7 @@ func (g *global) console(ctx context.Context, o *opened) error {
 		return err
 	}
 	defer c.Close()
-	path, err := c.Start(context.WithoutCancel(ctx), "StartVM", fdOf(theirs), o.options)
+	path, err := c.Start(ctx, "StartVM", fdOf(theirs), o.options)
 	if err != nil {
 		return err
 	}

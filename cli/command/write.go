@@ -195,7 +195,7 @@ func (g *global) writeDevice(ctx context.Context, w *writeFlags, name string, o 
 		if err := g.consent(ctx, c, w, name, plan, o); err != nil {
 			return "", err
 		}
-		return c.Start(context.WithoutCancel(ctx), "Write", api.DevicePath(name), plan.Token, o.options)
+		return c.Start(ctx, "Write", api.DevicePath(name), plan.Token, o.options)
 	}, nil)
 }
 
@@ -262,7 +262,7 @@ func (g *global) writeSeveral(ctx context.Context, w *writeFlags, targets []stri
 		if s.err != nil {
 			continue
 		}
-		if s.path, s.err = c.Start(context.WithoutCancel(ctx), "Write", api.DevicePath(s.name), s.token, s.opened.options); s.err == nil {
+		if s.path, s.err = c.Start(ctx, "Write", api.DevicePath(s.name), s.token, s.opened.options); s.err == nil {
 			names = append(names, s.name)
 		}
 	}
@@ -321,7 +321,7 @@ func (g *global) checkCapacity(ctx context.Context, name string) error {
 		if len(plan.Refused) > 0 {
 			return "", refusedPlan(name, plan)
 		}
-		return c.Start(context.WithoutCancel(ctx), "CheckCapacity", api.DevicePath(name), plan.Token, api.Properties{})
+		return c.Start(ctx, "CheckCapacity", api.DevicePath(name), plan.Token, api.Properties{})
 	}, nil)
 }
 
@@ -508,7 +508,7 @@ func (g *global) writeFile(ctx context.Context, w *writeFlags, path string, o *o
 	}
 	defer pending.Cleanup() //nolint:errcheck // nothing is left to do where it was kept
 	return g.job(ctx, func(ctx context.Context, c *client.Client) (dbus.ObjectPath, error) {
-		return c.Start(context.WithoutCancel(ctx), "WriteFile", fdOf(pending.File), o.options)
+		return c.Start(ctx, "WriteFile", fdOf(pending.File), o.options)
 	}, func(job api.Job) (string, error) {
 		// What was written and read back stands, even where the boot test
 		// failed or could not be run.

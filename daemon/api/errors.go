@@ -2,6 +2,7 @@ package api
 
 import (
 	"errors"
+	"strings"
 
 	"github.com/godbus/dbus/v5"
 )
@@ -46,6 +47,20 @@ func (e *Error) Error() string { return e.Message }
 
 // DBusError gives godbus the error's name and body.
 func (e *Error) DBusError() (string, []any) { return e.Name, []any{e.Message} }
+
+// Words is text as the bus takes it, UTF-8 without NUL, and at most limit bytes
+// of it (and a mark that there was more).
+func Words(text string, limit int) string {
+	cut := len(text) > limit
+	if cut {
+		text = text[:limit]
+	}
+	text = strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
+	if cut {
+		text += "…"
+	}
+	return text
+}
 
 // ErrorName is the contract's name for err: that of an [Error] or of a
 // dbus.Error in its chain, ErrFailed for any other.

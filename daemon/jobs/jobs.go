@@ -34,6 +34,9 @@ const (
 	MaxEndedOfUser   = 32 // the oldest are forgotten before their time
 )
 
+// maxMessage is how long a job's message may be, in bytes.
+const maxMessage = 64 << 10
+
 // Phase is a part of a job. Weight is its share of the job's progress, in any
 // unit that is the same for all phases of a job.
 type Phase struct {
@@ -503,7 +506,7 @@ func (j *Job) finish(ctx context.Context, report *api.Report, err error) {
 			j.state.Message += ": " + told.Message
 		}
 	default:
-		j.state.State, j.state.Error, j.state.Message = api.StateFailed, api.ErrorName(err), err.Error()
+		j.state.State, j.state.Error, j.state.Message = api.StateFailed, api.ErrorName(err), api.Words(err.Error(), maxMessage)
 	}
 	final := j.state
 	j.mu.Unlock()
