@@ -29,7 +29,7 @@ import (
 // What the hostile clients may make the daemon take. It is built with the race
 // detector, which takes five to ten times the memory.
 const (
-	maxPeakKiB  = 700 << 10
+	maxPeakKiB  = 400 << 10
 	maxMoreFDs  = 8
 	floodCalls  = 10000
 	crowd       = 200

@@ -50,11 +50,18 @@ func startBus(t *testing.T) string {
 		t.Fatal(err)
 	}
 	bus := exec.Command(program, "--config-file="+conf, "--nofork", "--nopidfile", "--nosyslog")
-	bus.Stderr = os.Stderr
+	var words bytes.Buffer // it tells of each call that it drops
+	bus.Stderr = &words
 	if err := bus.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { bus.Process.Kill(); bus.Wait() })
+	t.Cleanup(func() {
+		bus.Process.Kill()
+		bus.Wait()
+		if t.Failed() {
+			t.Logf("dbus-daemon: %.2000s", words.Bytes())
+		}
+	})
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if _, err := os.Stat(socket); err == nil {
 			break

@@ -104,6 +104,7 @@ func (s *Server) cancelJob(c *call) ([]any, error) {
 
 // start begins a job that owns the files: they are closed when it has ended.
 func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.File, run jobs.Run) ([]any, error) {
+	bound := slices.ContainsFunc(files, endsWithClient)
 	j, err := s.jobs.Start(kind, c.uid, phases, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		defer closeAll(files)
 		report, err := run(ctx, j)
@@ -120,7 +121,7 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 	if c.ctx.Err() != nil {
 		j.Stop() // nobody will ever know of it
 	}
-	if slices.ContainsFunc(files, endsWithClient) {
+	if bound {
 		s.bind(j, c.client)
 	}
 	return []any{api.JobPath(j.ID())}, nil
