@@ -15,6 +15,7 @@ import (
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/imagegen"
+	"github.com/memlinux/memlinux/imagegen/cache"
 	"github.com/memlinux/memlinux/media"
 	"github.com/memlinux/memlinux/media/blockdev"
 	"github.com/memlinux/memlinux/testvm"
@@ -107,6 +108,15 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 	bound := slices.ContainsFunc(files, endsWithClient)
 	j, err := s.jobs.Start(kind, c.uid, phases, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		defer closeAll(files)
+		// Who needs the cache will say why, where it can't be used.
+		if done, err := cache.Use(s.config.CacheDir); err == nil {
+			defer func() {
+				done()
+				if err := cache.Trim(s.config.CacheDir, int64(s.config.CacheLimit)<<20); err != nil {
+					fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
+				}
+			}()
+		}
 		report, err := run(ctx, j)
 		if err != nil {
 			err = contractError(err)

@@ -137,6 +137,9 @@ func (g Generator) Build(ctx context.Context, r Recipe, progress Progress) (*Sys
 	if err != nil {
 		return nil, err
 	}
+	if err := store.Room(0); err != nil {
+		return nil, err
+	}
 	b := &build{g: g, store: store, progress: progress}
 	defer b.close()
 	k, err := b.kernel(ctx, r.Kernel, len(modules.Sets(r.Modules)) > 0)
@@ -349,6 +352,9 @@ func (b *build) take(ctx context.Context, f *os.File, limit int64, report func(d
 		return nil, errors.New("it is not a regular file")
 	case st.Size() > limit:
 		return nil, fmt.Errorf("it has %d MiB, and no more than %d are taken", st.Size()>>20, limit>>20)
+	}
+	if err := b.store.Room(st.Size()); err != nil {
+		return nil, err
 	}
 	staged, err := b.store.Stage()
 	if err != nil {

@@ -22,6 +22,7 @@ const DefaultPath = "/etc/memlinux/memlinux.toml"
 // Config is how memlinuxd works on this machine.
 type Config struct {
 	CacheDir     string        `mapstructure:"cache-dir"`     // kernels and generated systems; may be emptied at any time
+	CacheLimit   int           `mapstructure:"cache-limit"`   // MiB that the cache keeps between jobs; what was used longest ago goes first
 	StateDir     string        `mapstructure:"state-dir"`     // jobs, console logs and screenshots
 	Kernel       string        `mapstructure:"kernel"`        // where a client names none: auto or debian:PACKAGE
 	Memory       int           `mapstructure:"memory"`        // MiB of a virtual machine where a client names none
@@ -30,6 +31,7 @@ type Config struct {
 
 var defaults = map[string]any{
 	"cache-dir":     "/var/cache/memlinux",
+	"cache-limit":   20 << 10,
 	"state-dir":     "/var/lib/memlinux",
 	"kernel":        "auto",
 	"memory":        512,
@@ -82,6 +84,8 @@ func (c Config) check(path string) error {
 		return bad("cache-dir", "must be an absolute path")
 	case !filepath.IsAbs(c.StateDir):
 		return bad("state-dir", "must be an absolute path")
+	case c.CacheLimit < 0 || c.CacheLimit > 1<<30:
+		return bad("cache-limit", "must be 0 to 1073741824 (MiB)")
 	case c.Kernel != "auto" && !strings.HasPrefix(c.Kernel, "debian:"):
 		return bad("kernel", "must be auto or debian:PACKAGE")
 	case c.Memory < 64 || c.Memory > 1<<20:

@@ -25,7 +25,7 @@ func TestFileThenEnvironment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Config{CacheDir: "/srv/cache", StateDir: "/srv/state", Kernel: "auto", Memory: 1024, JobRetention: 2 * time.Minute}
+	want := Config{CacheDir: "/srv/cache", CacheLimit: 20 << 10, StateDir: "/srv/state", Kernel: "auto", Memory: 1024, JobRetention: 2 * time.Minute}
 	if c != want {
 		t.Errorf("got %+v, want %+v", c, want)
 	}
@@ -48,6 +48,7 @@ func TestBadConfigurationNamesFileAndKey(t *testing.T) {
 		"wrong type":        {"memory = \"much\"\n", "memory"},
 		"relative folder":   {"cache-dir = \"x\"\n", "cache-dir"},
 		"kernel by path":    {"kernel = \"/boot/vmlinuz\"\n", "kernel"},
+		"negative limit":    {"cache-limit = -1\n", "cache-limit"},
 		"too little memory": {"memory = 1\n", "memory"},
 		"not TOML":          {"= =\n", "toml"},
 	} {

@@ -80,6 +80,7 @@ func (s *Store) Lookup(ctx context.Context, sha string) (File, error) {
 	if hex.EncodeToString(h.Sum(nil)) != sha {
 		return File{}, fmt.Errorf("look up in cache: %s is damaged: %w", f.Path, os.ErrNotExist)
 	}
+	touch(f.Path)
 	return f, nil
 }
 
@@ -109,6 +110,7 @@ func (s *Store) Open(sha string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open in cache: %w", err)
 	}
+	touch(f.Name())
 	return f, nil
 }
 
