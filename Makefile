@@ -23,7 +23,7 @@ RUN_PACKAGES = busybox-static dbus-daemon grub-common grub-efi-amd64-bin grub-pc
 OPTION_PACKAGES = bc binutils bison bzip2 ccache console-setup dpkg-dev flex gcc kbd libc6-dev libelf-dev m4 make patch perl tzdata xkb-data
 # What the tests hold it against.
 TEST_PACKAGES = $(OPTION_PACKAGES) $(DEB_PACKAGES) apt btrfs-progs cpio curl dosfstools e2fsprogs fdisk file gdisk git gnupg libcap2-bin libglib2.0-bin lintian \
-	mmdebstrap mount mtools ncurses-bin openssl python3 qemu-utils shellcheck skopeo squashfs-tools strace systemd systemd-container umoci xfsprogs xorriso zstd
+	mmdebstrap mount mtools ncurses-bin openssl polkitd python3 qemu-utils shellcheck skopeo squashfs-tools strace systemd systemd-container umoci xfsprogs xorriso zstd
 # What only the benchmarks hold it against.
 BENCH_PACKAGES = bmap-tools dracut-core initramfs-tools-core kmod
 
@@ -85,7 +85,7 @@ install: build manual
 	install -D -m 0644 -t $(DESTDIR)$(datadir)/dbus-1/system.d systemd/org.memlinux.Memlinux1.conf
 	install -D -m 0644 systemd/memlinux.tmpfiles $(DESTDIR)$(tmpfilesdir)/memlinux.conf
 	$(if $(wildcard systemd/memlinux.sysusers),install -D -m 0644 systemd/memlinux.sysusers $(DESTDIR)$(sysusersdir)/memlinux.conf)
-	$(if $(wildcard systemd/*.policy),install -D -m 0644 -t $(DESTDIR)$(datadir)/polkit-1/actions $(wildcard systemd/*.policy))
+	install -D -m 0644 -t $(DESTDIR)$(datadir)/polkit-1/actions systemd/org.memlinux.memlinux1.policy
 	for n in 1 5 8; do install -D -m 0644 -t $(DESTDIR)$(datadir)/man/man$$n build/manual/man/*.$$n; done
 	install -D -m 0644 -t $(DESTDIR)$(datadir)/bash-completion/completions build/manual/bash/*
 	install -D -m 0644 -t $(DESTDIR)$(datadir)/zsh/vendor-completions build/manual/zsh/*

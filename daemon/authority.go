@@ -115,6 +115,9 @@ func Polkit(ctx context.Context, bus *dbus.Conn, q Question) error {
 	case r.Challenge:
 		return denied("this needs authentication, and no agent is there to ask for it; run it in a terminal, or with sudo")
 	}
+	if q.Interactive {
+		return denied("polkit does not allow %s, or the authentication failed; ask who administers this machine for a rule, or use sudo", q.Action)
+	}
 	return denied("polkit does not allow %s; ask who administers this machine for a rule, or use sudo", q.Action)
 }
 

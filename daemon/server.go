@@ -38,9 +38,9 @@ type Server struct {
 	ctx     context.Context
 
 	interruptions *interruptions
-	authority Authority
-	gate      *gate
-	refusals  chan *dbus.Message
+	authority     Authority
+	gate          *gate
+	refusals      chan *dbus.Message
 }
 
 // maxLooks is how many disks may be looked at at once.

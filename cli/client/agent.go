@@ -35,7 +35,12 @@ func startAgent(ctx context.Context) (stop func()) {
 		return nothing
 	}
 	defer r.Close()
-	cmd := exec.Command(program, "--process", strconv.Itoa(os.Getpid()), "--notify-fd", "3", "--fallback")
+	cmd := exec.Command(program, "--process", strconv.Itoa(os.Getpid()), "--notify-fd", "3")
+	if sessions, _ := os.ReadDir("/run/systemd/sessions"); len(sessions) > 0 {
+		// polkit 122 never comes to a fallback where logind knows no session,
+		// and then there is no other agent, either.
+		cmd.Args = append(cmd.Args, "--fallback")
+	}
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Stderr = os.Stderr
 	err = cmd.Start()

@@ -314,12 +314,14 @@ func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.Ob
 	}
 	select {
 	case err := <-started:
-		return job, err
+		if err == nil {
+			return job, nil
+		}
 	case <-time.After(startGrace):
 		_ = c.conn.Close() // the daemon gives up what it does for us
 		<-started
-		return "", ctx.Err()
 	}
+	return "", ctx.Err()
 }
 
 // Follow reports every change of the job until it has ended, and returns its
