@@ -106,7 +106,7 @@ func (s *Store) Room(size int64) error {
 	if err := unix.Statfs(s.dir, &st); err != nil {
 		return fmt.Errorf("ask for the cache's free space: %w", err)
 	}
-	free := int64(st.Bavail) * st.Bsize //nolint:gosec // a disk of 8 EiB is not
+	free := int64(st.Bavail) * st.Bsize
 	if free-reserve < size {
 		return fmt.Errorf("%s has %d MiB free, and %d are needed (%d stay free); make room there, or set cache-dir to another disk: %w",
 			s.dir, free>>20, (size+reserve)>>20, int64(reserve)>>20, unix.ENOSPC)
