@@ -32,7 +32,7 @@ const foreignMemory = 1024
 
 // writeImage is Write with somebody else's image.
 func (s *Server) writeImage(c *call, o *options) ([]any, error) {
-	f := o.file(api.OptImage)
+	f := o.stream(api.OptImage)
 	sum := get[string](o, api.OptSHA256)
 	bootTest := o.boolean(api.OptBootTest, true)
 	terms := termsOf(o)
