@@ -99,8 +99,16 @@ type source struct {
 }
 
 // pollable is f once more, in such a way that its reads end when it is closed:
-// those of a descriptor in blocking mode don't.
+// those of a descriptor in blocking mode don't. A pipe is opened anew, so that
+// its mode, which the client may share with a shell, stays as it is.
 func pollable(f *os.File) (*os.File, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFIFO {
+		return readOnly(f)
+	}
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, err

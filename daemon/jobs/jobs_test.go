@@ -203,3 +203,29 @@ func TestMeterFollowsTheRate(t *testing.T) {
 		t.Errorf("10 kB/s measured as %d B/s", got)
 	}
 }
+
+// A user's ended jobs are bounded; root's, and who else's, stay their time.
+func TestEndedJobsOfAUserAreBounded(t *testing.T) {
+	dir := t.TempDir()
+	r, _ := open(t, dir, time.Minute)
+	for _, uid := range []uint32{0, 7, 8} {
+		for range MaxEndedOfUser + 5 {
+			j, err := r.Start(api.KindBuild, uid, nil, func(context.Context, *Job) (*api.Report, error) { return nil, errors.New("at once") })
+			if err != nil {
+				t.Fatal(err)
+			}
+			await(t, j)
+		}
+	}
+	of := map[uint32]int{}
+	for _, j := range r.Jobs() {
+		of[j.Owner]++
+	}
+	// The last to begin came in when as many as are kept had ended.
+	if of[0] != MaxEndedOfUser+5 || of[7] != MaxEndedOfUser || of[8] != MaxEndedOfUser {
+		t.Errorf("kept: %v", of)
+	}
+	if files, err := filepath.Glob(filepath.Join(dir, "*.json")); err != nil || len(files) != of[0]+of[7]+of[8] {
+		t.Errorf("%d files, %v", len(files), err)
+	}
+}
