@@ -1,6 +1,8 @@
 package daemon
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -77,4 +79,43 @@ func TestDescriptorsAreLookedAt(t *testing.T) {
 	}
 	unix.Close(stream[1])
 	unix.Close(datagram[1])
+}
+
+// A stream that gives nothing ends with its job, and the pipe's other users find
+// it as it was.
+func TestStreamsEndWithTheirJob(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	if err := unix.SetNonblock(int(r.Fd()), false); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	s, err := openStream(ctx, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := w.WriteString("x"); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 10)
+	if n, err := s.Read(buf); n != 1 || err != nil {
+		t.Errorf("read %d, %v", n, err)
+	}
+	ended := make(chan error)
+	go func() {
+		_, err := s.Read(buf)
+		ended <- err
+	}()
+	cancel()
+	if err := <-ended; !errors.Is(err, os.ErrClosed) {
+		t.Errorf("after the job's end: %v", err)
+	}
+	if flags, err := unix.FcntlInt(r.Fd(), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK != 0 {
+		t.Errorf("the pipe's flags are %#x, %v", flags, err)
+	}
 }
