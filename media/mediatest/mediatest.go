@@ -98,8 +98,6 @@ func New(t testing.TB, size int64, sectorSize int) *Disk {
 	if out, err := exec.Command("losetup", "--direct-io=on", d.Path).CombinedOutput(); err != nil {
 		t.Fatalf("losetup --direct-io=on %s: %v: %s", d.Path, err, out)
 	}
-	// Before the loop device: what waits must come back first.
-	t.Cleanup(func() { close(d.release) })
 	if d.device, err = os.OpenFile(d.Path, os.O_RDONLY, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -109,6 +107,8 @@ func New(t testing.TB, size int64, sectorSize int) *Disk {
 		defer d.control.Unlock()
 		d.device.Close()
 	})
+	// The first to be cleaned up: what waits holds up all else.
+	t.Cleanup(func() { close(d.release) })
 	return d
 }
 
