@@ -319,7 +319,7 @@ func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.Ob
 		}
 	case <-time.After(startGrace):
 		_ = c.conn.Close() // the daemon gives up what it does for us
-		<-started          //nolint:errcheck // that it is closed
+		<-started          // that it is closed
 	}
 	return "", ctx.Err()
 }
