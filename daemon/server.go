@@ -11,6 +11,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -21,12 +22,12 @@ import (
 	"github.com/memlinux/memlinux/daemon/config"
 	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/media/blockdev"
+	"github.com/memlinux/memlinux/systemd"
 )
 
 // Server is memlinuxd on one bus.
 type Server struct {
 	conn    *dbus.Conn
-	config  config.Config
 	version string
 	jobs    *jobs.Registry
 	devices *deviceList
@@ -37,7 +38,15 @@ type Server struct {
 	ctx     context.Context
 
 	interruptions *interruptions
+
+	configuration atomic.Pointer[config.Config]
+	life          *life
+	service       *service // nil: nobody's
+	story         story
 }
+
+// config is how the daemon works now.
+func (s *Server) config() config.Config { return *s.configuration.Load() }
 
 // maxGuests is how many virtual machines may run at once: without KVM each
 // takes a whole core, and a third on two cores runs into the time limits.
@@ -46,15 +55,27 @@ const maxGuests = 2
 // Serve offers the service on the bus at address (the system bus where it is
 // empty) until ctx ends or the bus goes away. ready is called when the name is
 // ours. On return no job runs any more.
-func Serve(ctx context.Context, address string, c config.Config, version string, ready func() error) error {
-	s := &Server{config: c, version: version, guests: make(chan struct{}, maxGuests), opened: make(chan struct{}), ctx: ctx}
+func Serve(ctx context.Context, address string, c config.Config, version string, ready func() error, options ...Option) error {
+	s := &Server{version: version, guests: make(chan struct{}, maxGuests), opened: make(chan struct{}), ctx: ctx, life: newLife()}
+	s.configuration.Store(&c)
+	for _, option := range options {
+		option(s)
+	}
 	conn, err := s.connect(address)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	s.conn = conn
-	s.devices = newDeviceList(blockdev.System{}, s)
+	s.life.is(conn.Names()[0])
+	if err := s.watchClients(ctx); err != nil {
+		return err
+	}
+	var disks blockdev.System
+	if s.service != nil {
+		disks.Unmount = systemd.Unmount
+	}
+	s.devices = newDeviceList(disks, s)
 	s.entries = &published[api.BootEntry]{server: s, iface: api.EntryInterface, path: api.EntryPath}
 	if s.interruptions, err = openInterruptions(s.stateDir("interrupted")); err != nil {
 		return err
@@ -77,29 +98,55 @@ func Serve(ctx context.Context, address string, c config.Config, version string,
 	}()
 
 	close(s.opened)
-	reply, err := conn.RequestName(api.BusName, dbus.NameFlagDoNotQueue)
+	if err := s.own(); err != nil {
+		return err
+	}
+	if err := ready(); err != nil {
+		return err
+	}
+	s.story.interrupted(s.jobs.Interrupted())
+	left := make(chan error, 1)
+	if s.service != nil {
+		served, end := context.WithCancel(ctx)
+		defer func() { end(); <-left }()
+		go func() {
+			defer close(left)
+			left <- s.live(served)
+		}()
+	}
+	select {
+	case <-ctx.Done():
+		if s.service != nil {
+			// For a signal that is not systemd's.
+			soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			_ = systemd.NotifyStopping(soon)
+			cancel()
+		}
+		return nil
+	case err := <-left:
+		return err
+	case <-conn.Context().Done():
+		return errors.New("the bus went away")
+	}
+}
+
+// own takes the service's name on the bus.
+func (s *Server) own() error {
+	reply, err := s.conn.RequestName(api.BusName, dbus.NameFlagDoNotQueue)
 	if err != nil {
 		return fmt.Errorf("request the name %s: %w", api.BusName, err)
 	}
 	if reply != dbus.RequestNameReplyPrimaryOwner {
 		return fmt.Errorf("another memlinuxd owns %s on this bus; stop it first", api.BusName)
 	}
-	if err := ready(); err != nil {
-		return err
-	}
-	select {
-	case <-ctx.Done():
-		return nil
-	case <-conn.Context().Done():
-		return errors.New("the bus went away")
-	}
+	return nil
 }
 
 func (s *Server) connect(address string) (*dbus.Conn, error) {
 	if address == "" {
 		address = systemBus()
 	}
-	conn, err := busguard.Dial(address, dbus.WithHandler(s))
+	conn, err := busguard.Dial(address, dbus.WithHandler(s), dbus.WithIncomingInterceptor(s.watchMessages))
 	if err != nil {
 		return nil, fmt.Errorf("connect to the bus: %w", err)
 	}
@@ -231,6 +278,7 @@ type call struct {
 	uid    uint32
 	args   []any
 	files  map[dbus.UnixFD]*os.File // the descriptors that nobody has taken yet
+	target *api.Target              // what it is about, for the journal; nil for nothing
 }
 
 // take gives the caller of take the descriptor, to close it.
@@ -245,6 +293,7 @@ func (c *call) take(fd dbus.UnixFD) (*os.File, error) {
 
 // dispatch is the one way to every method.
 func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.Message) (ret []any, err error) {
+	sender, _ := msg.Headers[dbus.FieldSender].Value().(string)
 	files := map[dbus.UnixFD]*os.File{}
 	collectFiles(msg.Body, files)
 	defer func() {
@@ -255,6 +304,7 @@ func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.
 		for _, f := range files {
 			f.Close()
 		}
+		s.life.answered(sender)
 	}()
 	select { // a call to our unique name can come before we are ready
 	case <-s.opened:
@@ -265,7 +315,6 @@ func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.
 	if err != nil {
 		return nil, err
 	}
-	sender, _ := msg.Headers[dbus.FieldSender].Value().(string)
 	signature, _ := msg.Headers[dbus.FieldSignature].Value().(dbus.Signature)
 	if signature.String() != m.in {
 		return nil, dbus.NewError("org.freedesktop.DBus.Error.InvalidArgs",
@@ -500,6 +549,7 @@ func (s *Server) JobChanged(j api.Job) {
 		changed[key] = props[key]
 	}
 	s.emitChanged(api.JobPath(j.ID), api.JobInterface, changed)
+	s.story.phase(j)
 }
 
 // JobCompleted tells a job's end.
@@ -512,6 +562,8 @@ func (s *Server) JobCompleted(j api.Job) {
 	path := api.JobPath(j.ID)
 	s.emitChanged(path, api.JobInterface, changed)
 	s.emit(path, api.JobInterface+".Completed", j.State == api.StateSucceeded, j.Message, j.Result())
+	s.story.ended(j)
+	s.life.end()
 }
 
 // JobRemoved tells that an ended job was forgotten.

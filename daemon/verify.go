@@ -54,6 +54,7 @@ func (s *Server) startVerify(c *call, open func(*options) (*source, error)) ([]a
 	if bootTest {
 		phases = append(phases, bootPhases...)
 	}
+	c.target = disk.target
 	return s.start(c, api.KindVerify, phases, append(o.files, disk.file), func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		report := &api.Report{Kind: api.KindVerify, Target: disk.target}
 		j.Begin(phaseCheck)

@@ -55,7 +55,7 @@ func buildPhases(r imagegen.Recipe) []jobs.Phase {
 
 // stateDir is a folder below the daemon's state.
 func (s *Server) stateDir(parts ...string) string {
-	return filepath.Join(append([]string{s.config.StateDir}, parts...)...)
+	return filepath.Join(append([]string{s.config().StateDir}, parts...)...)
 }
 
 // keepReports is how many jobs' console logs and screenshots are kept.
@@ -101,8 +101,10 @@ func (s *Server) cancelJob(c *call) ([]any, error) {
 
 // start begins a job that owns the files: they are closed when it has ended.
 func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.File, run jobs.Run) ([]any, error) {
+	s.life.begin()
 	j, err := s.jobs.Start(kind, c.uid, phases, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		defer closeAll(files)
+		defer s.story.began(ctx, j.Snapshot(), c.target)()
 		report, err := run(ctx, j)
 		if err != nil {
 			err = contractError(err)
@@ -110,6 +112,7 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 		return report, err
 	})
 	if err != nil {
+		s.life.end()
 		closeAll(files)
 		return nil, err
 	}
@@ -261,6 +264,7 @@ func (s *Server) write(c *call) ([]any, error) {
 		return nil, err
 	}
 	to := s.toDevice(dev, disk)
+	c.target = to.target
 	ret, err := s.start(c, api.KindWrite, phasesOfWrite(recipe, bootTest), o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		// Held to the end, so that nothing mounts or writes the stick
 		// before it is proven.
