@@ -219,8 +219,7 @@ func (s *Server) complain(err error) {
 // alive asks the daemon over the bus, as a client does, for what goes through
 // the dispatcher and its locks.
 func (s *Server) alive(ctx context.Context) error {
-	var props api.Properties
-	return s.conn.Object(s.conn.Names()[0], api.ManagerPath).CallWithContext(ctx, api.PropertiesInterface+".GetAll", 0, api.ManagerInterface).Store(&props)
+	return s.conn.Object(s.conn.Names()[0], api.ManagerPath).CallWithContext(ctx, api.ManagerInterface+".Jobs", 0, map[string]dbus.Variant{}).Err
 }
 
 // reload takes the configuration as it is now. What is in work keeps the old one.

@@ -80,9 +80,6 @@ func Serve(ctx context.Context, address string, c config.Config, version string,
 	if s.interruptions, err = openInterruptions(s.stateDir("interrupted")); err != nil {
 		return err
 	}
-	if err := s.devices.refresh(ctx); err != nil {
-		return err
-	}
 	if s.jobs, err = jobs.Open(s.stateDir("jobs"), c.JobRetention, s, s.afterCrash); err != nil {
 		return err
 	}
@@ -486,6 +483,9 @@ func (s *Server) managedObjects(*call) ([]any, error) {
 }
 
 func (s *Server) propertiesOf(path dbus.ObjectPath, iface string) (api.Properties, error) {
+	if path == api.ManagerPath && iface == api.ManagerInterface {
+		return s.managerProperties(), nil
+	}
 	props, ok := s.objects()[path][iface]
 	if !ok {
 		return nil, dbus.NewError("org.freedesktop.DBus.Error.UnknownInterface", []any{fmt.Sprintf("%s has no properties of %q", path, iface)})

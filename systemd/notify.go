@@ -65,11 +65,10 @@ func barrier(ctx context.Context) error {
 		return err
 	}
 	defer r.Close()
-	// As package net does for Write, it takes a name that begins with @ for an
-	// abstract one.
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: name, Net: "unixgram"})
+	// Not connected, since package net sends descriptors by no such socket.
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram"})
 	if err == nil {
-		_, _, err = conn.WriteMsgUnix([]byte("BARRIER=1"), unix.UnixRights(int(w.Fd())), nil)
+		_, _, err = conn.WriteMsgUnix([]byte("BARRIER=1"), unix.UnixRights(int(w.Fd())), &net.UnixAddr{Name: name, Net: "unixgram"})
 		conn.Close()
 	}
 	w.Close()
