@@ -13,8 +13,8 @@ import (
 	"github.com/memlinux/memlinux/testvm/need"
 )
 
-// unitFile is the unit as make install lays it down.
-func unitFile(t *testing.T, name, libexecdir string) string {
+// laidDown is the unit as make install lays it down.
+func laidDown(t *testing.T, name, libexecdir string) string {
 	t.Helper()
 	text, err := os.ReadFile(name)
 	if err != nil {
@@ -32,7 +32,7 @@ func unitFile(t *testing.T, name, libexecdir string) string {
 func TestExposure(t *testing.T) {
 	analyze := need.Tool(t, "systemd-analyze", "systemd")
 	const most = 2.0
-	out, err := exec.Command(analyze, "security", "--no-pager", "--offline=true", fmt.Sprintf("--threshold=%.0f", most*10), unitFile(t, "memlinuxd.service", "/usr/libexec")).CombinedOutput()
+	out, err := exec.Command(analyze, "security", "--no-pager", "--offline=true", fmt.Sprintf("--threshold=%.0f", most*10), laidDown(t, "memlinuxd.service", "/usr/libexec")).CombinedOutput()
 	if err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
@@ -50,7 +50,7 @@ func TestUnitIsUnderstood(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(bin, "memlinuxd"), []byte("#!/bin/sh\n"), 0o755); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
-	out, err := exec.Command(analyze, "verify", "--man=no", "--recursive-errors=no", unitFile(t, "memlinuxd.service", bin)).CombinedOutput()
+	out, err := exec.Command(analyze, "verify", "--man=no", "--recursive-errors=no", laidDown(t, "memlinuxd.service", bin)).CombinedOutput()
 	if text := strings.TrimSpace(string(out)); err != nil || text != "" {
 		t.Errorf("%v: %s", err, text)
 	}
