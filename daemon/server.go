@@ -563,6 +563,7 @@ func (s *Server) JobCompleted(j api.Job) {
 	s.emitChanged(path, api.JobInterface, changed)
 	s.emit(path, api.JobInterface+".Completed", j.State == api.StateSucceeded, j.Message, j.Result())
 	s.story.ended(j)
+	debug.FreeOSMemory() // a service that waits should be small
 	s.life.end()
 }
 
