@@ -121,6 +121,16 @@ func (l *life) idle(period time.Duration) (time.Duration, bool) {
 	return max(0, period-time.Since(l.quiet)), true
 }
 
+// calm is for how long there was no work.
+func (l *life) calm() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.work > 0 {
+		return 0
+	}
+	return time.Since(l.quiet)
+}
+
 // count is how many calls ever came.
 func (l *life) count() uint64 {
 	l.mu.Lock()
@@ -280,13 +290,12 @@ func (s *Server) leave(ctx context.Context) error {
 			if err := systemd.NotifyBusy(time.Minute); err != nil {
 				return err
 			}
-			wait, ok := s.life.idle(settle)
-			quiet = ok && wait == 0
 			select {
 			case <-ctx.Done():
 				return nil
 			case <-time.After(settle / 2):
 			}
+			quiet = s.life.calm() >= settle
 		}
 		before = s.life.count()
 	}
