@@ -13,6 +13,7 @@ import (
 
 	"github.com/memlinux/memlinux/testvm/need"
 	"github.com/memlinux/memlinux/testvm/nspawn"
+	"github.com/memlinux/memlinux/testvm/pc"
 )
 
 // programs is the folder with what build made, for all tests.
@@ -177,6 +178,31 @@ journalctl -u memlinuxd -o json MEMLINUX_DEVICE=$(basename $disk) > story
 		if !slices.Contains(phases, want) {
 			t.Errorf("the journal tells of the phases %q, and not of %s", phases, want)
 		}
+	}
+}
+
+// This PC's boot menu is changed under the unit, and put back.
+func TestChangesTheBootMenu(t *testing.T) {
+	need.Root(t)
+	kernel, config := need.Kernel(t)
+	p := pc.Bare(t, pc.Spec{Loader: pc.GRUB2BIOS, Kernel: kernel, Config: config})
+	device := p.Attach(t)
+	root := fmt.Sprintf("%sp%d", device, p.Root.Number)
+	said := nspawn.Run(t, nspawn.Debian{Files: installed(t), Devices: []string{device, root}, Script: "root=" + root + prepare + `
+mkdir /disk
+mount -o noatime $root /disk
+mount --bind /disk/boot /boot
+list() { find /boot -printf '%y %m %U:%G %p\n' -type f -exec sha256sum {} +; }
+list | sort > before
+memlinux install --json --no-boot-test --next --kernel host > report
+memlinux entries
+list | sort > installed
+memlinux rollback
+list | sort > after
+`})
+	t.Log(said["said"])
+	if said["before"] != said["after"] || said["before"] == said["installed"] || !strings.Contains(said["installed"], "/boot/memlinux/vmlinuz-") {
+		t.Errorf("/boot was\n%s\nthen\n%s\nand in the end\n%s", said["before"], said["installed"], said["after"])
 	}
 }
 
