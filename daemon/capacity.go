@@ -23,7 +23,6 @@ func (s *Server) checkCapacity(c *call) ([]any, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.target = deviceTarget(dev)
 	ret, err := s.start(c, api.KindCapacity, []jobs.Phase{{Name: phaseCapacity, Weight: 1}}, nil, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		defer disk.Close()
 		report := &api.Report{Kind: api.KindCapacity, Target: deviceTarget(dev)}

@@ -92,9 +92,6 @@ func (l *deviceList) watch(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		if !l.looked.Load() {
-			continue
-		}
 		if err := l.refresh(ctx); err != nil && ctx.Err() == nil {
 			fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
 		}

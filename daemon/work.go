@@ -264,7 +264,6 @@ func (s *Server) write(c *call) ([]any, error) {
 		return nil, err
 	}
 	to := s.toDevice(dev, disk)
-	c.target = to.target
 	ret, err := s.start(c, api.KindWrite, phasesOfWrite(recipe, bootTest), o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		// Held to the end, so that nothing mounts or writes the stick
 		// before it is proven.
@@ -307,6 +306,7 @@ func (s *Server) openDevice(c *call, terms blockdev.Terms) (blockdev.Device, *bl
 		return dev, nil, err
 	}
 	disk, err := s.devices.system.OpenOn(c.ctx, dev.Name, c.args[1].(string), terms)
+	c.target = deviceTarget(dev)
 	return dev, disk, err
 }
 
