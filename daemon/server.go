@@ -105,9 +105,10 @@ func Serve(ctx context.Context, address string, c config.Config, version string,
 	left := make(chan error, 1)
 	if s.service != nil {
 		served, end := context.WithCancel(ctx)
-		defer func() { end(); <-left }()
+		ended := make(chan struct{})
+		defer func() { end(); <-ended }()
 		go func() {
-			defer close(left)
+			defer close(ended)
 			left <- s.live(served)
 		}()
 	}

@@ -59,7 +59,7 @@ func installed(t *testing.T) map[string]string {
 		}
 		text = []byte(strings.ReplaceAll(string(text), "@libexecdir@", "/usr/libexec"))
 		files[to+name] = filepath.Join(dir, name)
-		if err := os.WriteFile(files[to+name], text, 0o644); err != nil { //nolint:gosec // all may read it
+		if err := os.WriteFile(files[to+name], text, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -47,7 +47,7 @@ func TestExposure(t *testing.T) {
 func TestUnitIsUnderstood(t *testing.T) {
 	analyze := need.Tool(t, "systemd-analyze", "systemd")
 	bin := t.TempDir()
-	if err := os.WriteFile(filepath.Join(bin, "memlinuxd"), []byte("#!/bin/sh\n"), 0o755); err != nil { //nolint:gosec // a program
+	if err := os.WriteFile(filepath.Join(bin, "memlinuxd"), []byte("#!/bin/sh\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	out, err := exec.Command(analyze, "verify", "--man=no", "--recursive-errors=no", laidDown(t, "memlinuxd.service", bin)).CombinedOutput()
