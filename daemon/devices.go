@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync/atomic"
 
 	"github.com/godbus/dbus/v5"
 
@@ -12,15 +13,36 @@ import (
 	"github.com/memlinux/memlinux/media/blockdev"
 )
 
-// deviceList is the disks as the bus last saw them.
+// deviceList is the disks as the bus last saw them. They are looked at first when
+// somebody asks: that takes time, and wakes those that sleep.
 type deviceList struct {
 	published[api.Device]
 	system blockdev.System
 	again  chan struct{} // asks the watch to look once more
+	looked atomic.Bool
 }
 
 func newDeviceList(system blockdev.System, s *Server) *deviceList {
-	return &deviceList{published[api.Device]{server: s, iface: api.DeviceInterface, path: api.DevicePath}, system, make(chan struct{}, 1)}
+	return &deviceList{published: published[api.Device]{server: s, iface: api.DeviceInterface, path: api.DevicePath}, system: system, again: make(chan struct{}, 1)}
+}
+
+func (l *deviceList) get(name string) (api.Device, bool) {
+	l.look()
+	return l.published.get(name)
+}
+
+func (l *deviceList) all() map[dbus.ObjectPath]api.Properties {
+	l.look()
+	return l.published.all()
+}
+
+func (l *deviceList) look() {
+	if l.looked.Load() {
+		return
+	}
+	if err := l.refresh(l.server.ctx); err != nil && l.server.ctx.Err() == nil {
+		fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
+	}
 }
 
 // refresh looks at the machine and tells the bus what came, changed and went.
@@ -38,6 +60,7 @@ func (l *deviceList) refresh(ctx context.Context) error {
 			}
 			now[d.Name] = shown
 		}
+		l.looked.Store(true)
 		return now, nil
 	})
 }

@@ -46,8 +46,8 @@ func (s *Server) examine(ctx context.Context) []api.Check {
 		checkKVM(ctx),
 		s.checkKernel(ctx),
 		checkBusybox(),
-		checkSpace("space for the cache", s.config.CacheDir, 200<<20, 1<<30, api.CheckFailed, "empty it while no job runs (rm -r "+s.config.CacheDir+"/*), or name another cache-dir in /etc/memlinux/memlinux.toml"),
-		checkSpace("space for reports", s.config.StateDir, 20<<20, 100<<20, api.CheckFailed, "make room, or name another state-dir in /etc/memlinux/memlinux.toml"),
+		checkSpace("space for the cache", s.config().CacheDir, 200<<20, 1<<30, api.CheckFailed, "empty it while no job runs (rm -r "+s.config().CacheDir+"/*), or name another cache-dir in /etc/memlinux/memlinux.toml"),
+		checkSpace("space for reports", s.config().StateDir, 20<<20, 100<<20, api.CheckFailed, "make room, or name another state-dir in /etc/memlinux/memlinux.toml"),
 		checkSpace("space in /boot", "/boot", 0, 100<<20, api.CheckWarning, "take old kernels (apt autoremove) or entries of memlinux (memlinux remove) away before memlinux install"),
 		checkLoader(ctx),
 	}
@@ -124,10 +124,10 @@ func checkKVM(ctx context.Context) api.Check {
 func (s *Server) checkKernel(ctx context.Context) api.Check {
 	const name = "kernel"
 	pkg := imagegen.DefaultKernelPackage
-	if configured, ok := strings.CutPrefix(s.config.Kernel, "debian:"); ok {
+	if configured, ok := strings.CutPrefix(s.config().Kernel, "debian:"); ok {
 		pkg = configured
 	} else {
-		path, release, err := (imagegen.Generator{CacheDir: s.config.CacheDir}).HostKernel(ctx)
+		path, release, err := (imagegen.Generator{CacheDir: s.config().CacheDir}).HostKernel(ctx)
 		if err != nil {
 			return failed(name, err)
 		}

@@ -328,7 +328,7 @@ func (s *Server) proveLocal(ctx context.Context, j *jobs.Job, report *api.Report
 	}
 	defer disk.Close()
 	machine := testvm.Machine{Firmware: testvm.Firmware(b.Firmware), Disk: disk, DiskSize: device.Size, SectorSize: device.LogicalBlockSize, Bus: testvm.AHCI,
-		MemoryMiB: max(leastMemory(m, testvm.Firmware(b.Firmware)), s.config.Memory)}
+		MemoryMiB: max(leastMemory(m, testvm.Firmware(b.Firmware)), s.config().Memory)}
 	if device.LogicalBlockSize != 512 {
 		machine.Bus = testvm.Virtio // QEMU's AHCI disks have no others
 	}

@@ -196,6 +196,9 @@ func (g *gate) left(name string) {
 func (s *Server) arrive(msg *dbus.Message, size int, files []*os.File) {
 	if msg.Type != dbus.TypeMethodCall {
 		closeAll(files)
+		if name, ok := lostName(msg); ok {
+			s.life.gone(name) // behind its calls, as they come here in order
+		}
 		return
 	}
 	if msg.Headers[dbus.FieldInterface].Value() == api.PeerInterface {
@@ -205,6 +208,8 @@ func (s *Server) arrive(msg *dbus.Message, size int, files []*os.File) {
 	}
 	err := s.gate.enter(s.ctx, msg, size, files)
 	if err == nil {
+		sender, _ := msg.Headers[dbus.FieldSender].Value().(string)
+		s.life.arrive(sender)
 		return
 	}
 	msg.Type = 0 // godbus goes no further
@@ -249,11 +254,14 @@ func (s *Server) overhear(msg *dbus.Message, _ int, files []*os.File) {
 	}
 }
 
-// watchCallers asks the bus to say which connections end.
+// watchCallers asks the bus to say which connections end: on the connection for
+// our own questions at once, on the other one behind their calls.
 func (s *Server) watchCallers(ctx context.Context) error {
-	err := s.aside.AddMatchSignalContext(ctx, dbus.WithMatchSender(busName), dbus.WithMatchInterface(busName), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchOption("arg2", ""))
-	if err != nil {
-		return fmt.Errorf("watch who leaves the bus: %w", err)
+	for _, conn := range []*dbus.Conn{s.aside, s.conn} {
+		err := conn.AddMatchSignalContext(ctx, dbus.WithMatchSender(busName), dbus.WithMatchInterface(busName), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchOption("arg2", ""))
+		if err != nil {
+			return fmt.Errorf("watch who leaves the bus: %w", err)
+		}
 	}
 	return nil
 }

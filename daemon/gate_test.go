@@ -137,7 +137,8 @@ func FuzzOptions(f *testing.F) {
 	seed(map[string]dbus.Variant{api.OptRecipe: v("kernel = \"debian:linux\"\n[[file]]\nto = \"/a\"\n"), api.OptModules: v([]string{"all"}), api.OptAppend: v("quiet")})
 	seed(map[string]dbus.Variant{api.OptPayload: index(0), api.OptKernelConfigs: v(map[string]dbus.Variant{"config-1": index(7)}), api.OptKernel: index(0)})
 	seed(map[string]dbus.Variant{api.OptRAM: v(uint64(1) << 63), api.OptUnmount: v([][]byte{[]byte("/media/a\x00")}), api.OptSourceDateEpoch: v(uint64(1) << 40)})
-	s := &Server{config: config.Config{Kernel: "auto"}, ctx: context.Background()}
+	s := &Server{ctx: context.Background()}
+	s.configuration.Store(&config.Config{Kernel: "auto"})
 	f.Fuzz(func(t *testing.T, data []byte) {
 		msg, err := dbus.DecodeMessage(bytes.NewReader(data))
 		if err != nil || len(msg.Body) == 0 {

@@ -11,6 +11,8 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sync/singleflight"
@@ -20,13 +22,13 @@ import (
 	"github.com/memlinux/memlinux/daemon/config"
 	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/media/blockdev"
+	"github.com/memlinux/memlinux/systemd"
 )
 
 // Server is memlinuxd on one bus.
 type Server struct {
 	conn    *dbus.Conn
 	aside   *dbus.Conn // for our own questions: the bus drops answers when its queue for conn is full of others' calls
-	config  config.Config
 	version string
 	jobs    *jobs.Registry
 	devices *deviceList
@@ -41,7 +43,15 @@ type Server struct {
 	authority     Authority
 	gate          *gate
 	refusals      chan *dbus.Message
+
+	configuration atomic.Pointer[config.Config]
+	life          *life
+	service       *service // nil: nobody's
+	story         story
 }
+
+// config is how the daemon works now.
+func (s *Server) config() config.Config { return *s.configuration.Load() }
 
 // maxLooks is how many disks may be looked at at once.
 const maxLooks = 4
@@ -53,15 +63,20 @@ const maxGuests = 2
 // Serve offers the service on the bus at address (the system bus where it is
 // empty) until ctx ends or the bus goes away. The authority decides who may do
 // what. ready is called when the name is ours. On return no job runs any more.
-func Serve(ctx context.Context, address string, authority Authority, c config.Config, version string, ready func() error) error {
-	s := &Server{config: c, version: version, guests: make(chan struct{}, maxGuests), looks: make(chan struct{}, maxLooks),
-		opened: make(chan struct{}), ctx: ctx, authority: authority, gate: newGate(), refusals: make(chan *dbus.Message, maxRefusals)}
+func Serve(ctx context.Context, address string, authority Authority, c config.Config, version string, ready func() error, options ...Option) error {
+	s := &Server{version: version, guests: make(chan struct{}, maxGuests), looks: make(chan struct{}, maxLooks),
+		opened: make(chan struct{}), ctx: ctx, authority: authority, gate: newGate(), refusals: make(chan *dbus.Message, maxRefusals), life: newLife()}
+	s.configuration.Store(&c)
+	for _, option := range options {
+		option(s)
+	}
 	conn, err := connect(address, s.arrive, dbus.WithHandler(s))
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	s.conn = conn
+	s.life.is(conn.Names()[0])
 	if s.aside, err = connect(address, s.overhear); err != nil {
 		return err
 	}
@@ -76,12 +91,13 @@ func Serve(ctx context.Context, address string, authority Authority, c config.Co
 	if err := s.watchCallers(ctx); err != nil {
 		return err
 	}
-	s.devices = newDeviceList(blockdev.System{}, s)
+	var disks blockdev.System
+	if s.service != nil {
+		disks.Unmount = systemd.Unmount
+	}
+	s.devices = newDeviceList(disks, s)
 	s.entries = &published[api.BootEntry]{server: s, iface: api.EntryInterface, path: api.EntryPath}
 	if s.interruptions, err = openInterruptions(s.stateDir("interrupted")); err != nil {
-		return err
-	}
-	if err := s.devices.refresh(ctx); err != nil {
 		return err
 	}
 	if s.jobs, err = jobs.Open(s.stateDir("jobs"), c.JobRetention, s, s.afterCrash); err != nil {
@@ -99,23 +115,50 @@ func Serve(ctx context.Context, address string, authority Authority, c config.Co
 	}()
 
 	close(s.opened)
-	reply, err := conn.RequestName(api.BusName, dbus.NameFlagDoNotQueue)
+	if err := s.own(); err != nil {
+		return err
+	}
+	if err := ready(); err != nil {
+		return err
+	}
+	s.story.interrupted(s.jobs.Interrupted())
+	left := make(chan error, 1)
+	if s.service != nil {
+		served, end := context.WithCancel(ctx)
+		ended := make(chan struct{})
+		defer func() { end(); <-ended }()
+		go func() {
+			defer close(ended)
+			left <- s.live(served)
+		}()
+	}
+	select {
+	case <-ctx.Done():
+		if s.service != nil {
+			// For a signal that is not systemd's.
+			soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			_ = systemd.NotifyStopping(soon)
+			cancel()
+		}
+		return nil
+	case err := <-left:
+		return err
+	case <-conn.Context().Done():
+	case <-s.aside.Context().Done():
+	}
+	return errors.New("the bus went away")
+}
+
+// own takes the service's name on the bus.
+func (s *Server) own() error {
+	reply, err := s.conn.RequestName(api.BusName, dbus.NameFlagDoNotQueue)
 	if err != nil {
 		return fmt.Errorf("request the name %s: %w", api.BusName, err)
 	}
 	if reply != dbus.RequestNameReplyPrimaryOwner {
 		return fmt.Errorf("another memlinuxd owns %s on this bus; stop it first", api.BusName)
 	}
-	if err := ready(); err != nil {
-		return err
-	}
-	select {
-	case <-ctx.Done():
-		return nil
-	case <-conn.Context().Done():
-	case <-s.aside.Context().Done():
-	}
-	return errors.New("the bus went away")
+	return nil
 }
 
 func connect(address string, arrive busguard.Arrive, options ...dbus.ConnOption) (*dbus.Conn, error) {
@@ -244,7 +287,8 @@ type call struct {
 	interactive bool   // somebody may be asked
 	action      string // that was allowed; "" for reading
 	args        []any
-	files       []*os.File // the descriptors; nil those that were taken
+	files       []*os.File  // the descriptors; nil those that were taken
+	target      *api.Target // what it is about, for the journal; nil for nothing
 }
 
 // take gives the caller of take the descriptor, to close it.
@@ -270,6 +314,7 @@ func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.
 		}
 		closeAll(a.files)
 		s.gate.answered(msg)
+		s.life.answered(a.client.name)
 		err = bounded(err)
 	}()
 	select { // a call to our unique name can come before we are ready
@@ -449,6 +494,9 @@ func (s *Server) managedObjects(*call) ([]any, error) {
 }
 
 func (s *Server) propertiesOf(path dbus.ObjectPath, iface string) (api.Properties, error) {
+	if path == api.ManagerPath && iface == api.ManagerInterface {
+		return s.managerProperties(), nil
+	}
 	props, ok := s.objects()[path][iface]
 	if !ok {
 		return nil, dbus.NewError("org.freedesktop.DBus.Error.UnknownInterface", []any{fmt.Sprintf("%s has no properties of %q", path, iface)})
@@ -512,6 +560,7 @@ func (s *Server) JobChanged(j api.Job) {
 		changed[key] = props[key]
 	}
 	s.emitChanged(api.JobPath(j.ID), api.JobInterface, changed)
+	s.story.phase(j)
 }
 
 // JobCompleted tells a job's end.
@@ -524,6 +573,9 @@ func (s *Server) JobCompleted(j api.Job) {
 	path := api.JobPath(j.ID)
 	s.emitChanged(path, api.JobInterface, changed)
 	s.emit(path, api.JobInterface+".Completed", j.State == api.StateSucceeded, j.Message, j.Result())
+	s.story.ended(j)
+	debug.FreeOSMemory() // a service that waits should be small
+	s.life.end()
 }
 
 // JobRemoved tells that an ended job was forgotten.

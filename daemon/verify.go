@@ -54,6 +54,7 @@ func (s *Server) startVerify(c *call, open func(*options) (*source, error)) ([]a
 	if bootTest {
 		phases = append(phases, bootPhases...)
 	}
+	c.target = disk.target
 	before, err := fingerprintOf(disk.file)
 	if err != nil {
 		closeAll(append(o.files, disk.file))

@@ -35,7 +35,7 @@ func (s *Server) startVM(c *call) ([]any, error) {
 		Kernel:     o.file(api.OptKernel),
 		Initrd:     o.file(api.OptInitrd),
 		Append:     get[string](o, api.OptAppend),
-		MemoryMiB:  s.config.Memory,
+		MemoryMiB:  s.config().Memory,
 	}
 	if memory := get[uint64](o, api.OptMemory); memory != 0 {
 		if memory < 64 || memory > 1<<20 {
@@ -73,6 +73,7 @@ func (s *Server) startVM(c *call) ([]any, error) {
 		}
 		m.Disk, m.DiskSize, m.SectorSize = disk.file, disk.size, disk.sectorSize
 		files = append(files, disk.file)
+		c.target = disk.target
 	}
 	return s.start(c, api.KindVM, []jobs.Phase{{Name: phaseData, Weight: 1}, {Name: phaseRun, Weight: 1}}, files,
 		func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
@@ -162,10 +163,10 @@ func (s *Server) dataDisc(ctx context.Context, stream *os.File) (*os.File, error
 		return nil, fmt.Errorf("data disc: %w", err)
 	}
 	defer in.Close()
-	if err := os.MkdirAll(s.config.CacheDir, 0o755); err != nil { //nolint:gosec // as the cache itself makes it
+	if err := os.MkdirAll(s.config().CacheDir, 0o755); err != nil { //nolint:gosec // as the cache itself makes it
 		return nil, fmt.Errorf("data disc: %w", err)
 	}
-	tmp, err := os.CreateTemp(s.config.CacheDir, "data-*.iso")
+	tmp, err := os.CreateTemp(s.config().CacheDir, "data-*.iso")
 	if err != nil {
 		return nil, fmt.Errorf("data disc: %w", err)
 	}

@@ -58,7 +58,7 @@ func buildPhases(r imagegen.Recipe) []jobs.Phase {
 
 // stateDir is a folder below the daemon's state.
 func (s *Server) stateDir(parts ...string) string {
-	return filepath.Join(append([]string{s.config.StateDir}, parts...)...)
+	return filepath.Join(append([]string{s.config().StateDir}, parts...)...)
 }
 
 // keepReports is how many jobs' console logs and screenshots are kept.
@@ -107,14 +107,16 @@ func (s *Server) cancelJob(c *call) ([]any, error) {
 
 // start begins a job that owns the files: they are closed when it has ended.
 func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.File, run jobs.Run) ([]any, error) {
+	s.life.begin()
 	bound := slices.ContainsFunc(files, endsWithClient)
 	j, err := s.jobs.Start(kind, c.uid, phases, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		defer closeAll(files)
+		defer s.story.began(ctx, j.Snapshot(), c.target)()
 		// Who needs the cache will say why, where it can't be used.
-		if done, err := cache.Use(s.config.CacheDir); err == nil {
+		if done, err := cache.Use(s.config().CacheDir); err == nil {
 			defer func() {
 				done()
-				if err := cache.Trim(s.config.CacheDir, int64(s.config.CacheLimit)<<20); err != nil {
+				if err := cache.Trim(s.config().CacheDir, int64(s.config().CacheLimit)<<20); err != nil {
 					fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
 				}
 			}()
@@ -126,6 +128,7 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 		return report, err
 	})
 	if err != nil {
+		s.life.end()
 		closeAll(files)
 		return nil, err
 	}
@@ -343,6 +346,7 @@ func (s *Server) openDevice(c *call, terms blockdev.Terms) (blockdev.Device, *bl
 		return dev, nil, &api.Error{Name: api.ErrDeviceChanged, Message: dev.Path + " is another disk than a moment ago; look again, and run the command again"}
 	}
 	disk, err := s.devices.system.OpenOn(c.ctx, dev.Name, c.args[1].(string), terms)
+	c.target = deviceTarget(dev)
 	return dev, disk, err
 }
 

@@ -6,6 +6,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -128,8 +129,24 @@ func openFolder(path string) (*folder, error) {
 		return nil, fmt.Errorf("open %q: the path is not absolute", path)
 	}
 	path = filepath.Clean(path)
-	how := &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS}
-	fd, err := retry(func() (int, error) { return unix.Openat2(unix.AT_FDCWD, path, how) })
+	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	// Step by step, not by openat2(2): that is shut off in a service that may set
+	// no setuid bit (systemd.exec(5), RestrictSUIDSGID=).
+	fd, err := retry(func() (int, error) { return unix.Open("/", flags, 0) })
+	for name := range strings.SplitSeq(strings.TrimPrefix(path, "/"), "/") {
+		if err != nil || name == "" { // "" for the root itself
+			break
+		}
+		above := fd
+		fd, err = retry(func() (int, error) { return unix.Openat(above, name, flags, 0) })
+		if errors.Is(err, unix.ENOTDIR) {
+			var st unix.Stat_t
+			if unix.Fstatat(above, name, &st, unix.AT_SYMLINK_NOFOLLOW) == nil && st.Mode&unix.S_IFMT == unix.S_IFLNK {
+				err = unix.ELOOP
+			}
+		}
+		unix.Close(above)
+	}
 	switch {
 	case errors.Is(err, unix.ELOOP):
 		return nil, fmt.Errorf("open %s: a part of it is a symbolic link, which memlinux does not follow here", path)

@@ -30,8 +30,9 @@ func (l *Locked) Unlock() {
 	l.files = nil
 }
 
-// ownLock keeps two of us apart. /run is root's alone, unlike /run/lock.
-const ownLock = "run/memlinux-boot.lock"
+// ownLock keeps two of us apart. /run is root's alone, unlike /run/lock, and the
+// folder is all of it that the service may write in.
+const ownLock = "run/memlinux/boot.lock"
 
 // packageLocks are the lock files of package managers, in the order in which
 // apt and dpkg take theirs: install kernels, and run update-grub at the end.

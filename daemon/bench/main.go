@@ -31,6 +31,7 @@ var benchmarks = []struct {
 	{"modules", bench.modules},
 	{"kernel", bench.kernel},
 	{"rebuild", bench.rebuild},
+	{"service", bench.service},
 }
 
 // works are what one side does in a process of its own, so that its start and

@@ -27,6 +27,7 @@ type Config struct {
 	Kernel       string        `mapstructure:"kernel"`        // where a client names none: auto or debian:PACKAGE
 	Memory       int           `mapstructure:"memory"`        // MiB of a virtual machine where a client names none
 	JobRetention time.Duration `mapstructure:"job-retention"` // how long an ended job can be asked for
+	IdleExit     time.Duration `mapstructure:"idle-exit"`     // how long a service of systemd stays when it has nothing to do; 0: for ever
 }
 
 var defaults = map[string]any{
@@ -36,6 +37,7 @@ var defaults = map[string]any{
 	"kernel":        "auto",
 	"memory":        512,
 	"job-retention": 15 * time.Minute,
+	"idle-exit":     time.Minute,
 }
 
 // Load reads the file at path. Only the default file may be missing.
@@ -92,6 +94,8 @@ func (c Config) check(path string) error {
 		return bad("memory", "must be 64 to 1048576 (MiB)")
 	case c.JobRetention < time.Minute:
 		return bad("job-retention", "must be at least 1m")
+	case c.IdleExit < 0:
+		return bad("idle-exit", "must not be negative; 0s is for ever")
 	}
 	return nil
 }

@@ -25,7 +25,7 @@ func TestFileThenEnvironment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Config{CacheDir: "/srv/cache", CacheLimit: 20 << 10, StateDir: "/srv/state", Kernel: "auto", Memory: 1024, JobRetention: 2 * time.Minute}
+	want := Config{CacheDir: "/srv/cache", CacheLimit: 20 << 10, StateDir: "/srv/state", Kernel: "auto", Memory: 1024, JobRetention: 2 * time.Minute, IdleExit: time.Minute}
 	if c != want {
 		t.Errorf("got %+v, want %+v", c, want)
 	}
@@ -50,6 +50,7 @@ func TestBadConfigurationNamesFileAndKey(t *testing.T) {
 		"kernel by path":    {"kernel = \"/boot/vmlinuz\"\n", "kernel"},
 		"negative limit":    {"cache-limit = -1\n", "cache-limit"},
 		"too little memory": {"memory = 1\n", "memory"},
+		"negative period":   {"idle-exit = \"-1s\"\n", "idle-exit"},
 		"not TOML":          {"= =\n", "toml"},
 	} {
 		path := write(t, c.text)

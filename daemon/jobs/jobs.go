@@ -64,16 +64,18 @@ func (p Phase) unit() string {
 // Registry holds the jobs of one daemon, and what it found of others' in the
 // same state folder.
 type Registry struct {
-	dir       string
-	retention time.Duration
-	events    Events
-	lock      *os.File // held while this daemon lives, so that others can tell
-	instance  string
+	dir      string
+	events   Events
+	lock     *os.File // held while this daemon lives, so that others can tell
+	instance string
 
-	mu      sync.Mutex
-	jobs    map[string]*Job
-	closed  bool
-	running sync.WaitGroup
+	interrupted []api.Job // that a daemon before us did not end
+
+	mu        sync.Mutex
+	retention time.Duration
+	jobs      map[string]*Job
+	closed    bool
+	running   sync.WaitGroup
 }
 
 // stored is a job's state on disk.
@@ -153,6 +155,7 @@ func (r *Registry) load(next func(api.Job) string) error {
 			if err := r.save(s); err != nil {
 				return err
 			}
+			r.interrupted = append(r.interrupted, s.Job)
 		}
 		left := r.retention - time.Since(s.Ended)
 		if left <= 0 {
@@ -214,6 +217,23 @@ func (r *Registry) forget(j *Job) {
 	_ = os.Remove(filepath.Join(r.dir, j.ID()+".json")) // load removes what stays
 	r.events.JobRemoved(j.ID())
 }
+
+// Retain changes how long jobs are kept that end from now on.
+func (r *Registry) Retain(d time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.retention = d
+}
+
+func (r *Registry) retained() time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.retention
+}
+
+// Interrupted lists the jobs that Open found to have been interrupted by the end
+// of the daemon that ran them, as they are published now.
+func (r *Registry) Interrupted() []api.Job { return r.interrupted }
 
 // newID is a fresh name that is valid in an object path and sorts by time.
 func newID() string {
@@ -517,7 +537,7 @@ func (j *Job) finish(ctx context.Context, report *api.Report, err error) {
 	}
 	close(j.done)
 	j.registry.events.JobCompleted(final)
-	j.registry.forgetAfter(j, j.registry.retention)
+	j.registry.forgetAfter(j, j.registry.retained())
 }
 
 // meter measures a rate in bytes per second, smoothed over about three

@@ -67,13 +67,24 @@ func run() int {
 	if *private {
 		err = servePrivate(ctx, c)
 	} else {
-		err = daemon.Serve(ctx, "", daemon.Polkit, c, version, systemd.NotifyReady)
+		err = serveSystem(ctx, *configPath, c)
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
 		return 1
 	}
 	return 0
+}
+
+// serveSystem serves the system bus, and systemd where that runs us.
+func serveSystem(ctx context.Context, configPath string, c config.Config) error {
+	if !systemd.IsService() {
+		return daemon.Serve(ctx, "", daemon.Polkit, c, version, func() error { return nil })
+	}
+	reloads := make(chan os.Signal, 1)
+	signal.Notify(reloads, syscall.SIGHUP)
+	return daemon.Serve(ctx, "", daemon.Polkit, c, version, systemd.NotifyReady,
+		daemon.AsService(func() (config.Config, error) { return config.Load(configPath) }, reloads))
 }
 
 // servePrivate ends when standard input does: its other end is with the one

@@ -8,6 +8,7 @@
 package blockdev
 
 import (
+	"context"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -23,6 +24,11 @@ type System struct {
 	Sys  string // "/sys" if empty
 	Proc string // "/proc" if empty
 	Dev  string // "/dev" if empty
+
+	// Unmount, where there is one, unmounts what is mounted at point in the first
+	// process's mount namespace: for a process that may not enter that itself. It
+	// can unmount all that is mounted there, one over the other.
+	Unmount func(ctx context.Context, point string) error
 }
 
 func (s System) sys() string  { return orElse(s.Sys, "/sys") }

@@ -107,7 +107,7 @@ func (s System) unmount(ctx context.Context, name string, points []string) (done
 				}
 				return slices.Index(mounts, a.mount) - slices.Index(mounts, b.mount)
 			})
-			err = v.undo(last)
+			err = v.undo(ctx, last)
 			if err == nil {
 				done = true
 				continue
@@ -145,10 +145,13 @@ func (v *survey) covered(name string, all []place) error {
 
 // undo unmounts one mount in its namespace, and nothing else that may have come
 // to its path meanwhile.
-func (v *survey) undo(p place) error {
+func (v *survey) undo(ctx context.Context, p place) error {
 	// The numbers tell whether it is in our own namespace: the two lists can also
 	// differ because something was mounted between reading them.
 	own := slices.ContainsFunc(v.spaces[len(v.spaces)-1], func(m mount) bool { return m.id == p.id })
+	if !own && v.system.Unmount != nil {
+		return v.ask(ctx, p)
+	}
 	return apart(func() error {
 		if !own {
 			f, err := os.Open(filepath.Join(v.system.proc(), "1/ns/mnt"))
@@ -198,6 +201,28 @@ func (v *survey) undo(p place) error {
 		}
 		return unix.Unmount(base, unix.UMOUNT_NOFOLLOW)
 	})
+}
+
+// ask has the mount unmounted by System.Unmount. Unlike undo it can't tell what
+// may have come to the path in the last moment.
+func (v *survey) ask(ctx context.Context, p place) error {
+	for _, m := range v.spaces[p.space] {
+		if m.point == p.point && m.id != p.id {
+			return fmt.Errorf("%s is mounted there, too: unmount them yourself", Clean(m.source))
+		}
+	}
+	// What is dirty is written before, however long that takes: who is asked waits
+	// for an unmount, but not for ever.
+	f, err := os.Open(filepath.Join(v.system.proc(), "1/root", p.point))
+	if err != nil {
+		return err
+	}
+	err = unix.Syncfs(int(f.Fd()))
+	f.Close()
+	if err != nil {
+		return fmt.Errorf("write what is not yet on it: %w", err)
+	}
+	return v.system.Unmount(ctx, p.point)
 }
 
 // apart runs do in a thread that has a working folder, and may take a mount
