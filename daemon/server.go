@@ -20,6 +20,7 @@ import (
 	"github.com/memlinux/memlinux/daemon/config"
 	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/media/blockdev"
+	"github.com/memlinux/memlinux/systemd"
 )
 
 // Server is memlinuxd on one bus.
@@ -31,9 +32,10 @@ type Server struct {
 	jobs    *jobs.Registry
 	devices *deviceList
 	entries *published[api.BootEntry]
-	guests  chan struct{} // one place for each virtual machine that may run
-	looks   chan struct{} // and for each look at a disk, which starts a program
-	opened  chan struct{} // closed when calls may be answered
+	guests  chan struct{}  // one place for each virtual machine that may run
+	looks   chan struct{}  // and for each look at a disk, which starts a program
+	units   *systemd.Units // nil where there is no systemd that runs us
+	opened  chan struct{}  // closed when calls may be answered
 	checks  singleflight.Group
 	ctx     context.Context
 
@@ -62,6 +64,14 @@ func Serve(ctx context.Context, address string, authority Authority, c config.Co
 	}
 	defer conn.Close()
 	s.conn = conn
+	if address == "" { // a bus of our own has no systemd on it
+		if s.units, err = systemd.OwnUnits(ctx, systemBus()); err != nil {
+			return err
+		}
+		if s.units != nil {
+			defer s.units.Close()
+		}
+	}
 	if s.aside, err = connect(address, s.overhear); err != nil {
 		return err
 	}

@@ -100,8 +100,8 @@ func newStamp(modified time.Time) (stamp, error) {
 }
 
 // compose lays the system out as a disk of that size (0: the least that fits)
-// and sector size.
-func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize int, st stamp) (c *composed, err error) {
+// and sector size. mkimage starts grub-mkimage.
+func compose(ctx context.Context, mkimage grub.Launcher, sys *imagegen.System, size int64, sectorSize int, st stamp) (c *composed, err error) {
 	c = &composed{}
 	defer func() {
 		if err != nil {
@@ -113,7 +113,7 @@ func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize i
 	c.volume = grub.VolumeUUID(id)
 	spec := stick.Spec{Size: size, SectorSize: sectorSize, VolumeID: id, GUIDs: st.GUIDs, Label: stickLabel, ModTime: st.Modified}
 	if slices.Contains(sys.Manifest.Boot, string(testvm.BIOS)) && sectorSize == 512 { // a PC BIOS can't boot others
-		bios, err := grub.MakeBIOS(ctx, id)
+		bios, err := grub.MakeBIOS(ctx, mkimage, id)
 		if err != nil {
 			return c, err
 		}
@@ -133,7 +133,7 @@ func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize i
 		spec.Files = append(spec.Files, fat32.File{Path: path, Size: size, Content: content, ModTime: st.Modified})
 	}
 	if slices.Contains(sys.Manifest.Boot, string(testvm.UEFI)) {
-		efi, err := grub.MakeEFI(ctx, id)
+		efi, err := grub.MakeEFI(ctx, mkimage, id)
 		if err != nil {
 			return c, err
 		}
