@@ -3,9 +3,11 @@ package daemon
 import (
 	"context"
 	"os/exec"
+	"runtime"
 	"time"
 
 	"github.com/memlinux/memlinux/bootloader/grub"
+	"github.com/memlinux/memlinux/imagegen/sandbox"
 	"github.com/memlinux/memlinux/systemd"
 	"github.com/memlinux/memlinux/testvm"
 )
@@ -38,4 +40,11 @@ func (s *Server) mkimage() grub.Launcher {
 	return func(ctx context.Context, cmd *exec.Cmd) (func() error, error) {
 		return s.units.Start(ctx, cmd, systemd.Unit{Name: "grub", Memory: 256 << 20, Time: time.Minute})
 	}
+}
+
+// compile starts compilers and unpackers. What links a kernel takes about 1 GiB,
+// and with options for debugging or optimization some times that.
+func (s *Server) compile(ctx context.Context, cmd *exec.Cmd, needs sandbox.Needs) (func() error, error) {
+	memory := int64(4+2*runtime.NumCPU()) << 30
+	return s.units.Start(ctx, cmd, systemd.Unit{Name: "build", Memory: memory, Time: needs.Limit, User: needs.User, Folders: needs.Folders})
 }

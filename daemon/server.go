@@ -19,6 +19,7 @@ import (
 	"github.com/memlinux/memlinux/daemon/busguard"
 	"github.com/memlinux/memlinux/daemon/config"
 	"github.com/memlinux/memlinux/daemon/jobs"
+	"github.com/memlinux/memlinux/imagegen/sandbox"
 	"github.com/memlinux/memlinux/media/blockdev"
 	"github.com/memlinux/memlinux/systemd"
 )
@@ -70,6 +71,7 @@ func Serve(ctx context.Context, address string, authority Authority, c config.Co
 		}
 		if s.units != nil {
 			defer s.units.Close()
+			sandbox.Use(s.compile)
 		}
 	}
 	if s.aside, err = connect(address, s.overhear); err != nil {
