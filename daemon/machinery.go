@@ -46,5 +46,13 @@ func (s *Server) mkimage() grub.Launcher {
 // and with options for debugging or optimization some times that.
 func (s *Server) compile(ctx context.Context, cmd *exec.Cmd, needs sandbox.Needs) (func() error, error) {
 	memory := int64(4+2*runtime.NumCPU()) << 30
-	return s.units.Start(ctx, cmd, systemd.Unit{Name: "build", Memory: memory, Time: needs.Limit, User: needs.User, Folders: needs.Folders})
+	name := "build"
+	switch {
+	case needs.Network:
+		name = "fetch"
+	case needs.GiveAway:
+		name = "chown"
+	}
+	return s.units.Start(ctx, cmd, systemd.Unit{Name: name, Memory: memory, Time: needs.Limit, User: needs.User, Folders: needs.Folders,
+		Network: needs.Network, GiveAway: needs.GiveAway})
 }

@@ -29,6 +29,9 @@ type Unit struct {
 	Network bool // it may reach other machines
 	JIT     bool // it may execute what it wrote into memory
 	KVM     bool // it may open /dev/kvm
+	// GiveAway makes it root, with no more of root's rights than to find what is
+	// in Folders and to say whose it is.
+	GiveAway bool
 }
 
 const kvmDevice = "/dev/kvm"
@@ -48,6 +51,9 @@ func word(name, value string) property { return property{name, value, name + "="
 func number(name string, n uint64) property {
 	return property{name, n, name + "=" + strconv.FormatUint(n, 10)}
 }
+
+// noCapabilities is a set of capabilities with none in it.
+func noCapabilities(name string) property { return property{name, uint64(0), name + "="} }
 
 // allowed is a list of what is allowed, or with ~ of what is not.
 func allowed(name string, allow bool, list ...string) property {
@@ -88,8 +94,7 @@ const everything = unix.MS_REC
 // that StartTransientUnit gets and that systemd-analyze security judges.
 func (u Unit) confinement() []property {
 	p := []property{
-		number("CapabilityBoundingSet", 0),
-		number("AmbientCapabilities", 0),
+		noCapabilities("AmbientCapabilities"),
 		word("DevicePolicy", "closed"),
 		word("KeyringMode", "private"),
 		yes("LockPersonality"),
@@ -115,7 +120,6 @@ func (u Unit) confinement() []property {
 		{"SystemCallArchitectures", []string{"native"}, "SystemCallArchitectures=native"},
 		// Who wants to give up more of its rights may: QEMU does.
 		allowed("SystemCallFilter", true, "@system-service", "seccomp"),
-		allowed("SystemCallFilter", false, "@privileged", "@resources"),
 		// Some try what they can do without, such as a larger stack.
 		{"SystemCallErrorNumber", int32(unix.EPERM), "SystemCallErrorNumber=EPERM"},
 		{"UMask", uint32(0o077), "UMask=0077"},
@@ -123,9 +127,17 @@ func (u Unit) confinement() []property {
 		number("LimitNOFILE", 8192),
 		number("TasksMax", 4096),
 	}
-	if u.User == 0 {
-		p = append(p, yes("DynamicUser"), yes("PrivateUsers"))
+	if u.GiveAway {
+		p = append(p, property{"CapabilityBoundingSet", uint64(1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_READ_SEARCH), "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_READ_SEARCH"},
+			allowed("SystemCallFilter", false, "@clock", "@module", "@raw-io", "@reboot", "@resources", "@setuid", "@swap"))
 	} else {
+		p = append(p, noCapabilities("CapabilityBoundingSet"), allowed("SystemCallFilter", false, "@privileged", "@resources"))
+	}
+	switch {
+	case u.GiveAway:
+	case u.User == 0:
+		p = append(p, yes("DynamicUser"), yes("PrivateUsers"))
+	default:
 		// Not PrivateUsers: root's files would be nobody's to it, and tar and apt
 		// ask whose theirs are.
 		p = append(p, word("User", strconv.Itoa(u.User)))

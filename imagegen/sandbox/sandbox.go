@@ -10,6 +10,7 @@
 package sandbox
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -78,9 +79,11 @@ func (e *LimitError) Error() string {
 
 // Needs are what a program must be allowed, besides what is in its command.
 type Needs struct {
-	User    int           // the number of the user to run as, or 0 for any: it has no files
-	Folders []string      // absolute paths of what it writes
-	Limit   time.Duration // the longest that it may run
+	User     int           // the number of the user to run as, or 0 for any: it has no files
+	Folders  []string      // absolute paths of what it writes
+	Limit    time.Duration // the longest that it may run
+	Network  bool          // it fetches something
+	GiveAway bool          // it must be root, and say whose files in Folders are
 }
 
 // Launcher starts a program that [os/exec] could run, with cmd's Path, Args, Env,
@@ -91,6 +94,9 @@ type Needs struct {
 type Launcher func(ctx context.Context, cmd *exec.Cmd, needs Needs) (wait func() error, err error)
 
 var launch Launcher
+
+// Apart is the Launcher that is in use, or nil.
+func Apart() Launcher { return launch }
 
 // Use makes all programs start by l. It is for a process that is kept apart from
 // the system itself and so can't keep others apart; call it before any runs.
@@ -303,6 +309,17 @@ func Give(folder string) error {
 	if err != nil || uid < 0 {
 		return err
 	}
+	return GiveTo(folder, uid, gid)
+}
+
+// giveTime is far more than it takes to give away a kernel's tree, 80,000 files.
+const giveTime = 5 * time.Minute
+
+// GiveTo is Give, to another user and group.
+func GiveTo(folder string, uid, gid int) error {
+	if launch != nil {
+		return giveApart(folder, uid, gid)
+	}
 	root, err := os.OpenRoot(folder)
 	if err != nil {
 		return fmt.Errorf("give %s to the user of compilers: %w", folder, err)
@@ -367,6 +384,27 @@ func (o *output) Write(p []byte) (int, error) {
 		(*streams)(o).fail(fmt.Errorf("take its output: %w", err))
 	}
 	return n, err
+}
+
+// giveApart does it by a program of the Launcher: this process may not.
+func giveApart(folder string, uid, gid int) error {
+	chown, err := Find("chown", "coreutils")
+	if err != nil {
+		return err
+	}
+	var said bytes.Buffer
+	ctx, cancel := context.WithTimeout(context.Background(), giveTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, chown, "--recursive", "--no-dereference", "--", fmt.Sprintf("%d:%d", uid, gid), folder)
+	cmd.Dir, cmd.Env, cmd.Stderr = "/", []string{"LC_ALL=C"}, &said
+	wait, err := launch(ctx, cmd, Needs{Folders: []string{folder}, Limit: giveTime, GiveAway: true})
+	if err == nil {
+		err = wait()
+	}
+	if err != nil {
+		return fmt.Errorf("give %s to another user: chown: %w%s", folder, err, said.Bytes())
+	}
+	return nil
 }
 
 // Given reports whether the folder belongs to the user that programs run as, as
