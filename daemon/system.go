@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/imagegen"
+	"github.com/memlinux/memlinux/imagegen/debian"
 	"github.com/memlinux/memlinux/media"
 	"github.com/memlinux/memlinux/media/fat32"
 	"github.com/memlinux/memlinux/media/stick"
@@ -43,7 +45,8 @@ func (s *Server) generate(ctx context.Context, j *jobs.Job, r imagegen.Recipe) (
 // generator makes the systems of a job. Logs of compilations go where the job's
 // other reports are.
 func (s *Server) generator(j *jobs.Job) imagegen.Generator {
-	return imagegen.Generator{CacheDir: s.config.CacheDir, LogDir: s.stateDir("reports", j.ID())}
+	return imagegen.Generator{CacheDir: s.config.CacheDir, LogDir: s.stateDir("reports", j.ID()),
+		Apt: debian.Apt{Dir: filepath.Join(s.config.CacheDir, "apt")}}
 }
 
 func reportSystem(m api.Manifest) *api.System {
