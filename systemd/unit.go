@@ -105,8 +105,6 @@ func (u Unit) confinement() []property {
 		word("ProcSubset", "pid"),
 		yes("ProtectClock"),
 		yes("ProtectControlGroups"),
-		// Folders may lie below; bind mounts bring those in.
-		word("ProtectHome", "tmpfs"),
 		yes("ProtectHostname"),
 		yes("ProtectKernelLogs"),
 		yes("ProtectKernelModules"),
@@ -167,6 +165,12 @@ func (u Unit) confinement() []property {
 	if u.Time > 0 {
 		p = append(p, property{"RuntimeMaxUSec", uint64(u.Time.Microseconds()), "RuntimeMaxSec=" + strconv.FormatInt(u.Time.Milliseconds(), 10) + "ms"}) //nolint:gosec // positive
 	}
+	if len(u.Folders) == 0 {
+		p = append(p, word("ProtectHome", "yes"))
+	} else {
+		// They may lie there, and are brought in.
+		p = append(p, word("ProtectHome", "tmpfs"))
+	}
 	for _, folder := range u.Folders {
 		p = append(p, property{"BindPaths", []bindPath{{folder, folder, false, everything}}, "BindPaths=" + folder})
 	}
@@ -191,10 +195,10 @@ func groupOf(path string) string {
 func lifetime(owner string) []property {
 	return []property{
 		word("Type", "exec"),
-		word("CollectMode", "inactive-or-failed"),
+		{"CollectMode", "inactive-or-failed", ""},
 		{"AddRef", true, ""},
+		// Not After: one that still starts would be waited for.
 		{"BindsTo", []string{owner}, ""},
-		{"After", []string{owner}, ""},
 		{"KillSignal", int32(unix.SIGKILL), "KillSignal=SIGKILL"},
 		{"TimeoutStopUSec", uint64(10e6), "TimeoutStopSec=10"},
 	}

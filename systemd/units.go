@@ -160,6 +160,9 @@ var serial atomic.Int64
 // and all of its output was taken: nil if it ended well, ctx's error, an
 // [*ExitError], or that of writing its output. It must be called, once.
 func (u *Units) Start(ctx context.Context, cmd *exec.Cmd, unit Unit) (wait func() error, err error) {
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
 	name := fmt.Sprintf("memlinux-%s-%d-%d.service", unit.Name, os.Getpid(), serial.Add(1))
 	s, err := newStreams(cmd)
 	if err != nil {
@@ -172,11 +175,6 @@ func (u *Units) Start(ctx context.Context, cmd *exec.Cmd, unit Unit) (wait func(
 		return nil, err
 	}
 	defer complaint.Close()
-	defer socket.Close()
-	if ctx.Err() != nil {
-		s.close()
-		return nil, ctx.Err()
-	}
 	path := dbus.ObjectPath(managerPath + "/unit/" + systemddbus.PathBusEscape(name))
 	changed := make(chan struct{}, 1)
 	u.mu.Lock()
@@ -310,11 +308,20 @@ func (r *running) look() (over bool, err error) {
 	}
 	result, _ := service["Result"].Value().(string)
 	status, _ := service["ExecMainStatus"].Value().(int32)
+	code, _ := service["ExecMainCode"].Value().(int32)
 	if result == "success" {
-		return true, nil
+		// The end by SIGTERM and the like is a good one to systemd.
+		if code != cldKilled {
+			return true, nil
+		}
+		result = "signal"
 	}
 	return true, &ExitError{Unit: r.name, Result: result, Status: int(status)}
 }
+
+// cldKilled is the code of a process that a signal ended (CLD_KILLED of
+// waitid(2)).
+const cldKilled = 2
 
 // send lays into a socket, for the program at its other end, what it is to turn
 // into. It returns that end, and where the program then says why it could not.
