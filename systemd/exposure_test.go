@@ -24,6 +24,8 @@ func TestExposure(t *testing.T) {
 	// Not a user of its own that is gone with it: its files stay. The folders may
 	// lie in a home.
 	static := []string{"PrivateUsers="}
+	// make says who it is.
+	make := []string{"SystemCallFilter=~@privileged"}
 	folders := []string{"ProtectHome="}
 	for name, c := range map[string]struct {
 		unit    Unit
@@ -32,8 +34,8 @@ func TestExposure(t *testing.T) {
 		"QEMU without KVM: but for what it writes and executes": {Unit{Name: "qemu", Memory: 1 << 30, Time: time.Hour, JIT: true}, [][]string{{"MemoryDenyWriteExecute="}}},
 		"QEMU with KVM: but for /dev/kvm":                       {Unit{Name: "qemu", Memory: 1 << 30, Time: time.Hour, KVM: true}, [][]string{{"PrivateDevices="}}},
 		"grub-mkimage and unpackers":                            {Unit{Name: "grub", Time: time.Minute}, nil},
-		"compilers":                                             {Unit{Name: "build", Time: time.Minute, User: 990, Folders: []string{"/var/cache/memlinux/tmp/dir"}}, [][]string{static, folders}},
-		"apt-get: but for the network":                          {Unit{Name: "fetch", Time: time.Minute, User: 42, Network: true}, [][]string{static, network}},
+		"compilers":                                             {Unit{Name: "build", Time: time.Minute, User: 990, Folders: []string{"/var/cache/memlinux/tmp/dir"}}, [][]string{static, folders, make}},
+		"apt-get: but for the network":                          {Unit{Name: "fetch", Time: time.Minute, User: 42, Network: true}, [][]string{static, make, network}},
 		"what gives files away: but for that": {Unit{Name: "chown", Time: time.Minute, Folders: []string{"/var/cache/memlinux/tmp/dir"}, GiveAway: true}, [][]string{static, folders,
 			{"CapabilityBoundingSet=~CAP_(CHOWN|FSETID|SETFCAP)", "CapabilityBoundingSet=~CAP_(DAC_*|FOWNER|IPC_OWNER)", "SystemCallFilter=~@privileged", "User=/DynamicUser="}}},
 	} {

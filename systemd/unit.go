@@ -136,6 +136,9 @@ func (u Unit) confinement() []property {
 	case u.User == 0:
 		p = append(p, yes("DynamicUser"), yes("PrivateUsers"))
 	default:
+		// make gives each program that it starts the user that it has already
+		// (posix_spawn(3), POSIX_SPAWN_RESETIDS), and takes no for an error.
+		p = append(p, allowed("SystemCallFilter", true, "@setuid"))
 		// Not PrivateUsers: root's files would be nobody's to it, and tar and apt
 		// ask whose theirs are.
 		p = append(p, word("User", strconv.Itoa(u.User)))
