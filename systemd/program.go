@@ -82,7 +82,7 @@ func become() (complaints int, err error) {
 	// loses its descriptors to that, and is not needed any more.
 	away := func(fd int) int {
 		if err == nil {
-			fd, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, len(files)) //nolint:gosec // a small number
+			fd, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, len(files))
 		}
 		return fd
 	}

@@ -166,7 +166,7 @@ func (u Unit) confinement() []property {
 		p = append(p, number("MemoryMax", uint64(u.Memory)))
 	}
 	if u.Time > 0 {
-		p = append(p, property{"RuntimeMaxUSec", uint64(u.Time.Microseconds()), "RuntimeMaxSec=" + strconv.FormatInt(u.Time.Milliseconds(), 10) + "ms"}) //nolint:gosec // positive
+		p = append(p, property{"RuntimeMaxUSec", uint64(u.Time.Microseconds()), "RuntimeMaxSec=" + strconv.FormatInt(u.Time.Milliseconds(), 10) + "ms"})
 	}
 	if len(u.Folders) == 0 {
 		p = append(p, word("ProtectHome", "yes"))

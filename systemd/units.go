@@ -68,7 +68,7 @@ func OwnUnits(ctx context.Context, address string) (*Units, error) {
 
 func (u *Units) open(ctx context.Context) error {
 	var path dbus.ObjectPath
-	if err := u.manager().CallWithContext(ctx, managerInterface+".GetUnitByPID", 0, uint32(os.Getpid())).Store(&path); err != nil { //nolint:gosec // positive
+	if err := u.manager().CallWithContext(ctx, managerInterface+".GetUnitByPID", 0, uint32(os.Getpid())).Store(&path); err != nil {
 		return err
 	}
 	var id dbus.Variant
@@ -189,7 +189,7 @@ func (u *Units) Start(ctx context.Context, cmd *exec.Cmd, unit Unit) (wait func(
 	properties = append(properties,
 		word("Description", "memlinux's "+unit.Name),
 		property{"ExecStart", []execStart{{u.self, []string{programName}, false}}, ""},
-		property{"StandardInputFileDescriptor", dbus.UnixFD(socket.Fd()), ""}, //nolint:gosec // a small number
+		property{"StandardInputFileDescriptor", dbus.UnixFD(socket.Fd()), ""},
 		word("StandardOutput", "null"))
 	// Not given up when ctx ends: what was asked for must be ended, too.
 	var job dbus.ObjectPath
@@ -361,7 +361,7 @@ func send(p program, files []*os.File) (complaint, socket *os.File, err error) {
 	defer complaints.Close()
 	var fds []int
 	for _, f := range append([]*os.File{spec, complaints}, files...) {
-		fds = append(fds, int(f.Fd())) //nolint:gosec // a small number
+		fds = append(fds, int(f.Fd()))
 	}
 	if err := unix.Sendmsg(pair[0], []byte{0}, unix.UnixRights(fds...), nil, 0); err != nil {
 		socket.Close()
