@@ -28,11 +28,12 @@ func TestMachineryOfAService(t *testing.T) {
 	}
 	files := nspawn.Run(t, nspawn.Debian{
 		Files: map[string]string{
-			"/usr/libexec/memlinuxd":                           filepath.Join(bin, "memlinuxd"),
-			"/usr/bin/memlinux":                                filepath.Join(bin, "memlinux"),
-			"/run/systemd/system/memlinuxd.service":            unitFile,
-			"/etc/dbus-1/system.d/org.memlinux.Memlinux1.conf": "../../systemd/org.memlinux.Memlinux1.conf",
-			"/srv/deb/boot/vmlinuz-6.1.0-1-amd64":              image,
+			"/usr/libexec/memlinuxd":                                    filepath.Join(bin, "memlinuxd"),
+			"/usr/bin/memlinux":                                         filepath.Join(bin, "memlinux"),
+			"/run/systemd/system/memlinuxd.service":                     unitFile,
+			"/usr/share/polkit-1/actions/org.memlinux.memlinux1.policy": "../../systemd/org.memlinux.memlinux1.policy",
+			"/etc/dbus-1/system.d/org.memlinux.Memlinux1.conf":          "../../systemd/org.memlinux.Memlinux1.conf",
+			"/srv/deb/boot/vmlinuz-6.1.0-1-amd64":                       image,
 		},
 		Script: machinery,
 	})
