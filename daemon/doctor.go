@@ -39,11 +39,11 @@ func (s *Server) doctor(c *call) ([]any, error) {
 func (s *Server) examine(ctx context.Context) []api.Check {
 	return []api.Check{
 		{Name: "service", State: api.CheckOK, Text: "memlinuxd " + s.version},
-		checkGRUB("GRUB for BIOS", func() error { _, err := grub.MakeBIOS(ctx, 1); return err }),
-		checkGRUB("GRUB for UEFI", func() error { _, err := grub.MakeEFI(ctx, 1); return err }),
-		checkQEMU(ctx),
+		checkGRUB("GRUB for BIOS", func() error { _, err := grub.MakeBIOS(ctx, s.mkimage(), 1); return err }),
+		checkGRUB("GRUB for UEFI", func() error { _, err := grub.MakeEFI(ctx, s.mkimage(), 1); return err }),
+		checkQEMU(ctx, s.qemu()),
 		checkFirmware(),
-		checkKVM(ctx),
+		checkKVM(ctx, s.qemu()),
 		s.checkKernel(ctx),
 		checkBusybox(),
 		checkSpace("space for the cache", s.config().CacheDir, 200<<20, 1<<30, api.CheckFailed, "empty it while no job runs (rm -r "+s.config().CacheDir+"/*), or name another cache-dir in /etc/memlinux/memlinux.toml"),
@@ -83,14 +83,14 @@ func checkGRUB(name string, make func() error) api.Check {
 	return api.Check{Name: name, State: api.CheckOK, Text: "can be made"}
 }
 
-func checkQEMU(ctx context.Context) api.Check {
+func checkQEMU(ctx context.Context, launch testvm.Launcher) api.Check {
 	const name = "QEMU"
 	dir, err := os.MkdirTemp("", "memlinux-doctor-")
 	if err != nil {
 		return failed(name, err)
 	}
 	defer os.RemoveAll(dir)
-	version, err := testvm.Version(ctx, testvm.Machine{Dir: dir})
+	version, err := testvm.Version(ctx, testvm.Machine{Dir: dir, Launch: launch})
 	if err != nil {
 		return failed(name, err)
 	}
@@ -108,9 +108,9 @@ func checkFirmware() api.Check {
 	return api.Check{Name: name, State: api.CheckOK, Text: "OVMF is there"}
 }
 
-func checkKVM(ctx context.Context) api.Check {
+func checkKVM(ctx context.Context, launch testvm.Launcher) api.Check {
 	const name = "KVM"
-	why, err := testvm.KVM(ctx)
+	why, err := testvm.KVM(ctx, launch)
 	switch {
 	case err != nil:
 		return failed(name, err)

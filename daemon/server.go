@@ -21,6 +21,7 @@ import (
 	"github.com/memlinux/memlinux/daemon/busguard"
 	"github.com/memlinux/memlinux/daemon/config"
 	"github.com/memlinux/memlinux/daemon/jobs"
+	"github.com/memlinux/memlinux/imagegen/sandbox"
 	"github.com/memlinux/memlinux/media/blockdev"
 	"github.com/memlinux/memlinux/systemd"
 )
@@ -33,9 +34,10 @@ type Server struct {
 	jobs    *jobs.Registry
 	devices *deviceList
 	entries *published[api.BootEntry]
-	guests  chan struct{} // one place for each virtual machine that may run
-	looks   chan struct{} // and for each look at a disk, which starts a program
-	opened  chan struct{} // closed when calls may be answered
+	guests  chan struct{}  // one place for each virtual machine that may run
+	looks   chan struct{}  // and for each look at a disk, which starts a program
+	units   *systemd.Units // nil where there is no systemd that runs us
+	opened  chan struct{}  // closed when calls may be answered
 	checks  singleflight.Group
 	ctx     context.Context
 
@@ -77,6 +79,15 @@ func Serve(ctx context.Context, address string, authority Authority, c config.Co
 	defer conn.Close()
 	s.conn = conn
 	s.life.is(conn.Names()[0])
+	if address == "" { // a bus of our own has no systemd on it
+		if s.units, err = systemd.OwnUnits(ctx, systemBus()); err != nil {
+			return err
+		}
+		if s.units != nil {
+			defer s.units.Close()
+			sandbox.Use(s.compile)
+		}
+	}
 	if s.aside, err = connect(address, s.overhear); err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/imagegen"
+	"github.com/memlinux/memlinux/imagegen/debian"
 	"github.com/memlinux/memlinux/media"
 	"github.com/memlinux/memlinux/media/fat32"
 	"github.com/memlinux/memlinux/media/stick"
@@ -43,7 +45,8 @@ func (s *Server) generate(ctx context.Context, j *jobs.Job, r imagegen.Recipe) (
 // generator makes the systems of a job. Logs of compilations go where the job's
 // other reports are.
 func (s *Server) generator(j *jobs.Job) imagegen.Generator {
-	return imagegen.Generator{CacheDir: s.config().CacheDir, LogDir: s.stateDir("reports", j.ID())}
+	return imagegen.Generator{CacheDir: s.config().CacheDir, LogDir: s.stateDir("reports", j.ID()),
+		Apt: debian.Apt{Dir: filepath.Join(s.config().CacheDir, "apt")}}
 }
 
 func reportSystem(m api.Manifest) *api.System {
@@ -100,8 +103,8 @@ func newStamp(modified time.Time) (stamp, error) {
 }
 
 // compose lays the system out as a disk of that size (0: the least that fits)
-// and sector size.
-func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize int, st stamp) (c *composed, err error) {
+// and sector size. mkimage starts grub-mkimage.
+func compose(ctx context.Context, mkimage grub.Launcher, sys *imagegen.System, size int64, sectorSize int, st stamp) (c *composed, err error) {
 	c = &composed{}
 	defer func() {
 		if err != nil {
@@ -113,7 +116,7 @@ func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize i
 	c.volume = grub.VolumeUUID(id)
 	spec := stick.Spec{Size: size, SectorSize: sectorSize, VolumeID: id, GUIDs: st.GUIDs, Label: stickLabel, ModTime: st.Modified}
 	if slices.Contains(sys.Manifest.Boot, string(testvm.BIOS)) && sectorSize == 512 { // a PC BIOS can't boot others
-		bios, err := grub.MakeBIOS(ctx, id)
+		bios, err := grub.MakeBIOS(ctx, mkimage, id)
 		if err != nil {
 			return c, err
 		}
@@ -133,7 +136,7 @@ func compose(ctx context.Context, sys *imagegen.System, size int64, sectorSize i
 		spec.Files = append(spec.Files, fat32.File{Path: path, Size: size, Content: content, ModTime: st.Modified})
 	}
 	if slices.Contains(sys.Manifest.Boot, string(testvm.UEFI)) {
-		efi, err := grub.MakeEFI(ctx, id)
+		efi, err := grub.MakeEFI(ctx, mkimage, id)
 		if err != nil {
 			return c, err
 		}

@@ -204,6 +204,7 @@ func (s *Server) runVM(ctx context.Context, j *jobs.Job, m testvm.Machine, socke
 	if err := os.MkdirAll(m.Dir, 0o755); err != nil { //nolint:gosec // as for proofs
 		return err
 	}
+	m.Launch = s.qemu()
 	vm, err := testvm.Start(ctx, m)
 	if err != nil {
 		return err

@@ -420,7 +420,7 @@ func (s *Server) runWrite(ctx context.Context, j *jobs.Job, recipe imagegen.Reci
 // nil.
 func (s *Server) put(ctx context.Context, j *jobs.Job, report *api.Report, sys *imagegen.System, st stamp, to destination, bootTest bool, before *interruption) (*api.Report, error) {
 	report.System, report.Warnings = reportSystem(sys.Manifest), sys.Warnings
-	composed, err := compose(ctx, sys, to.size, to.sectorSize, st)
+	composed, err := compose(ctx, s.mkimage(), sys, to.size, to.sectorSize, st)
 	if err != nil {
 		return report, err
 	}
@@ -549,5 +549,6 @@ func (s *Server) boot(ctx context.Context, m testvm.Machine, want testvm.Expect)
 	case <-ctx.Done():
 		return testvm.Verdict{}, ctx.Err()
 	}
+	m.Launch = s.qemu()
 	return testvm.Prove(ctx, m, want, nil)
 }

@@ -125,6 +125,13 @@ func (b *build) ccache(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("compilers can't run in the cache's folder: %w; set cache-dir to one that every user can enter", err)
 	}
 	dir := filepath.Join(b.g.CacheDir, "ccache")
+	// Of another user, which compiled before the package brought its own, they
+	// could not be used.
+	if given, err := sandbox.Given(dir); err == nil && !given {
+		if err := os.RemoveAll(dir); err != nil {
+			return "", fmt.Errorf("the compilers' cache: %w", err)
+		}
+	}
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // object files are no secret
 		return "", fmt.Errorf("the compilers' cache: %w", err)
 	}

@@ -1,4 +1,4 @@
-package systemd_test
+package systemd
 
 import (
 	"encoding/json"
@@ -20,6 +20,10 @@ import (
 var programs string
 
 func TestMain(m *testing.M) {
+	if what := os.Getenv(serviceVariable); what != "" {
+		asService(what)
+		return
+	}
 	code := m.Run()
 	if programs != "" {
 		os.RemoveAll(programs)

@@ -29,7 +29,7 @@ func laidDown(t *testing.T, name, libexecdir string) string {
 
 // What an attacker could do who has taken memlinuxd over stays little: systemd's
 // own judgement, from 0 (safe) to 10.
-func TestExposure(t *testing.T) {
+func TestExposureOfTheDaemon(t *testing.T) {
 	analyze := need.Tool(t, "systemd-analyze", "systemd")
 	const most = 2.0
 	out, err := exec.Command(analyze, "security", "--no-pager", "--offline=true", fmt.Sprintf("--threshold=%.0f", most*10), laidDown(t, "memlinuxd.service", "/usr/libexec")).CombinedOutput()

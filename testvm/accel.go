@@ -26,7 +26,7 @@ var kvmProbe struct {
 // still not do that (nested virtualization that is half there), so a guest has
 // to answer. The answer is kept for the life of the process; an error is that
 // of ctx.
-func kvmWorks(ctx context.Context) (bool, error) {
+func kvmWorks(ctx context.Context, launch Launcher) (bool, error) {
 	kvmProbe.Lock()
 	defer kvmProbe.Unlock()
 	if kvmProbe.done {
@@ -34,7 +34,7 @@ func kvmWorks(ctx context.Context) (bool, error) {
 	}
 	works := false
 	if cpuinfo, err := os.ReadFile("/proc/cpuinfo"); err == nil && hasVirtualization(string(cpuinfo)) {
-		if works = probeKVM(ctx); ctx.Err() != nil {
+		if works = probeKVM(ctx, launch); ctx.Err() != nil {
 			return false, ctx.Err()
 		}
 	}
@@ -60,12 +60,11 @@ func hasVirtualization(cpuinfo string) bool {
 
 // probeKVM runs a guest of nothing but SeaBIOS, as the real machines are run,
 // and waits for its greeting on the debug port.
-func probeKVM(ctx context.Context) bool {
-	dev, err := os.OpenFile(kvmDevice, os.O_RDWR, 0)
-	if err != nil {
+func probeKVM(ctx context.Context, launch Launcher) bool {
+	// Not opened: QEMU may be allowed what we are not.
+	if _, err := os.Stat(kvmDevice); err != nil {
 		return false
 	}
-	dev.Close()
 	ctx, cancel := context.WithTimeout(ctx, kvmProbeLimit)
 	defer cancel()
 	ours, theirs, err := os.Pipe()
@@ -75,7 +74,7 @@ func probeKVM(ctx context.Context) bool {
 	defer ours.Close()
 	var fds descriptors
 	args := append(append(bareMachine(true), "-vga", "none"), firmwareLogTo(fds.add(theirs))...)
-	p, err := spawn(ctx, args, fds.files, kvmGroups())
+	p, err := spawn(ctx, launch, args, fds.files, Needs{Memory: Machine{}.memoryBound(), KVM: true})
 	theirs.Close()
 	if err != nil {
 		return false

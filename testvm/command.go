@@ -6,14 +6,6 @@ import (
 	"strconv"
 )
 
-// Names of the files in a machine's scratch folder.
-const (
-	scratchVars    = "vars.fd"
-	scratchKernel  = "kernel"
-	scratchInitrd  = "initrd"
-	scratchOverlay = "disk.qcow2"
-)
-
 // fdset is the number of QEMU's descriptor set for each file; the paths
 // /dev/fdset/N are QEMU's own.
 const (
@@ -27,7 +19,7 @@ const (
 type wiring struct {
 	kvm                    bool
 	monitor, serial        *os.File // its ends of two socket pairs
-	scratch                *os.File // a folder that it may write
+	scratch                scratch
 	diskDriver, discDriver string   // of blockDriver
 	firmwareLog            *os.File // of a proof only: the writing end of a pipe
 	screenshot             *os.File // of a proof only: a file open for writing only
@@ -45,24 +37,16 @@ func (d *descriptors) add(f *os.File) string {
 }
 
 // command is QEMU's argument list, without the program, and the files that it
-// inherits, as for [os/exec.Cmd.ExtraFiles]; the first of these is the scratch
-// folder.
+// inherits, as for [os/exec.Cmd.ExtraFiles].
 //
 // No path of the caller is in it. Each file is passed open, because QEMU's
 // user may not open it by name, or reach the folder that it is in.
 func (m Machine) command(w wiring) (args []string, files []*os.File) {
 	var fds descriptors
 	add := func(a ...string) { args = append(args, a...) }
-	// A folder's entries can be reached through its descriptor whatever the
-	// modes of the folders above it are.
-	scratch := inheritedPath(fds.add(w.scratch)) + "/"
-
-	memory := m.MemoryMiB
-	if memory == 0 {
-		memory = defaultMemoryMiB
-	}
+	addFile := func(f *os.File, set int) { add("-add-fd", fmt.Sprintf("fd=%s,set=%d", fds.add(f), set)) }
 	add(bareMachine(w.kvm)...)
-	add("-m", strconv.Itoa(memory), "-vga", "std")
+	add("-m", strconv.Itoa(m.memoryMiB()), "-vga", "std")
 	// A proof is one try: a kernel that resets the machine would loop. A person
 	// at the console may reboot.
 	if w.screenshot != nil {
@@ -74,32 +58,32 @@ func (m Machine) command(w wiring) (args []string, files []*os.File) {
 		add(firmwareLogTo(fds.add(w.firmwareLog))...)
 	}
 	if w.screenshot != nil {
-		add("-add-fd", fmt.Sprintf("fd=%s,set=%d", fds.add(w.screenshot), fdsetScreenshot))
+		addFile(w.screenshot, fdsetScreenshot)
 	}
 	if w.screen != nil {
 		fds.add(w.screen) // as inheritedPath names it, once the machine runs
 	}
 	if m.Firmware == UEFI {
 		add("-drive", "if=pflash,unit=0,format=raw,readonly=on,file="+ovmfCode,
-			"-drive", "if=pflash,unit=1,format=raw,file="+scratch+scratchVars)
+			"-drive", "if=pflash,unit=1,format=raw,file="+inheritedPath(fds.add(w.scratch.variables)))
 	}
 	if m.Kernel != nil {
-		add("-kernel", scratch+scratchKernel)
+		add("-kernel", inheritedPath(fds.add(w.scratch.kernel)))
 		if m.Initrd != nil {
-			add("-initrd", scratch+scratchInitrd)
+			add("-initrd", inheritedPath(fds.add(w.scratch.initrd)))
 		}
 		if m.Append != "" {
 			add("-append", m.Append)
 		}
 	}
 	if m.Disk != nil {
-		add("-add-fd", fmt.Sprintf("fd=%s,set=%d", fds.add(m.Disk), fdsetDisk))
-		add("-drive", fmt.Sprintf("if=none,id=disk,cache=unsafe,driver=qcow2,file.driver=file,file.filename=%s%s,backing.driver=raw,backing.size=%d,%s",
-			scratch, scratchOverlay, m.DiskSize, base("backing.", w.diskDriver, fdsetDisk)))
+		addFile(m.Disk, fdsetDisk)
+		add("-drive", fmt.Sprintf("if=none,id=disk,cache=unsafe,driver=qcow2,file.driver=file,file.filename=%s,backing.driver=raw,backing.size=%d,%s",
+			inheritedPath(fds.add(w.scratch.overlay)), m.DiskSize, base("backing.", w.diskDriver, fdsetDisk)))
 		add(m.diskDevice()...)
 	}
 	if m.DataDisc != nil {
-		add("-add-fd", fmt.Sprintf("fd=%s,set=%d", fds.add(m.DataDisc), fdsetDisc))
+		addFile(m.DataDisc, fdsetDisc)
 		add("-drive", fmt.Sprintf("if=none,id=disc,readonly=on,driver=raw,%s", base("", w.discDriver, fdsetDisc)),
 			"-device", "ide-cd,bus=ide.1,drive=disc,bootindex=1")
 	}
@@ -132,7 +116,8 @@ func firmwareLogTo(fd string) []string {
 	}
 }
 
-// inheritedPath is where QEMU finds what it inherited as that number.
+// inheritedPath is where QEMU can open once more what it inherited as that
+// number, if the file's mode lets its user.
 func inheritedPath(fd string) string { return "/proc/self/fd/" + fd }
 
 // base opens a descriptor set as the lowest layer of a drive, which the prefix

@@ -39,8 +39,8 @@ func Version(ctx context.Context, m Machine) (string, error) {
 
 // KVM says why machines can't use the processor's virtualization here, and so
 // take several times as long; "" where they do. The error is that of ctx.
-func KVM(ctx context.Context) (why string, err error) {
-	works, err := kvmWorks(ctx)
+func KVM(ctx context.Context, launch Launcher) (why string, err error) {
+	works, err := kvmWorks(ctx, launch)
 	if works || err != nil {
 		return "", err
 	}

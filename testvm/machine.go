@@ -58,10 +58,26 @@ type Machine struct {
 
 	MemoryMiB int // 0 means 512
 
-	Dir string // an existing folder, for log and screenshot; scratch goes into it too
+	Dir string // an existing folder, for log and screenshot; scratch goes to its disk too
+
+	Launch Launcher // starts QEMU; nil for a process of ours
 }
 
 const defaultMemoryMiB = 512
+
+func (m Machine) memoryMiB() int {
+	if m.MemoryMiB == 0 {
+		return defaultMemoryMiB
+	}
+	return m.MemoryMiB
+}
+
+// qemuMemory is what QEMU takes besides the guest's memory, in bytes: without
+// KVM it keeps up to 1 GiB of code that it translated (its accel/tcg, "tb-size").
+const qemuMemory = 1<<30 + 512<<20
+
+// memoryBound is the most that QEMU needs, in bytes.
+func (m Machine) memoryBound() int64 { return int64(m.memoryMiB())<<20 + qemuMemory }
 
 // MissingError says that something on this machine must be installed first.
 type MissingError struct {

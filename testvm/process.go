@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"os/user"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -38,25 +39,34 @@ func credential(groups []uint32) (*syscall.Credential, error) {
 	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid), Groups: groups}, nil
 }
 
+// Needs are what a QEMU must be allowed, besides what is in its command.
+type Needs struct {
+	Memory int64 // the most that it takes, in bytes
+	KVM    bool  // it opens /dev/kvm; else it writes code that it executes
+}
+
+// Launcher starts a program that [os/exec] could run, with cmd's Path, Args,
+// Env, Dir, Stderr and ExtraFiles, away from this process: apart from the
+// system, as a user without rights, and so that it dies with this process. It
+// is killed when ctx ends. wait returns when nothing of it runs any more, with
+// nil if it ended well.
+type Launcher func(ctx context.Context, cmd *exec.Cmd, needs Needs) (wait func() error, err error)
+
 // process is one QEMU.
 type process struct {
-	pid    int
+	pid    int // 0 where a Launcher started it
 	cancel context.CancelFunc
 	done   chan struct{} // closed when it was waited for
-	err    error         // of exec.Cmd.Wait; valid once done is closed
+	err    error         // how it ended; valid once done is closed
 	stderr excerpt
 }
 
-// spawn starts QEMU in a process group of its own, as the unprivileged user.
-// It is killed when ctx ends, and by the kernel when this process dies.
-func spawn(ctx context.Context, args []string, files []*os.File, groups []uint32) (*process, error) {
+// spawn starts QEMU by launch, or in a process group of its own, as the
+// unprivileged user. It is killed when ctx ends, and when this process dies.
+func spawn(ctx context.Context, launch Launcher, args []string, files []*os.File, needs Needs) (*process, error) {
 	path, err := exec.LookPath(qemuProgram)
 	if err != nil {
 		return nil, &MissingError{What: qemuProgram, Package: "qemu-system-x86"}
-	}
-	cred, err := credential(groups)
-	if err != nil {
-		return nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	p := &process{cancel: cancel, done: make(chan struct{})}
@@ -65,30 +75,73 @@ func spawn(ctx context.Context, args []string, files []*os.File, groups []uint32
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
 	cmd.ExtraFiles = files
 	cmd.Stderr = &p.stderr
+	if launch == nil {
+		launch = p.asChild
+	}
+	wait, err := launch(ctx, cmd, needs)
+	if err != nil {
+		cancel()
+		return nil, fmt.Errorf("start %s: %w", path, err)
+	}
+	go func() {
+		defer cancel()
+		p.err = wait()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// asChild is the [Launcher] of a machine without systemd.
+func (p *process) asChild(_ context.Context, cmd *exec.Cmd, needs Needs) (wait func() error, err error) {
+	var groups []uint32
+	if needs.KVM {
+		groups = kvmGroups()
+	}
+	cred, err := credential(groups)
+	if err == nil {
+		err = bound(cmd, needs.Memory)
+	}
+	if err != nil {
+		return nil, err
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Credential: cred}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second // for stderr, should something else hold it
 
-	started := make(chan error)
+	started, ended := make(chan error), make(chan error, 1)
 	go func() {
 		// The kernel sends the death signal when the thread that forked ends,
 		// not the process: keep that thread until QEMU is gone.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		defer cancel()
 		if err := cmd.Start(); err != nil {
-			started <- fmt.Errorf("start %s: %w", path, err)
+			started <- err
 			return
 		}
 		p.pid = cmd.Process.Pid
 		started <- nil
-		p.err = cmd.Wait()
-		close(p.done)
+		ended <- cmd.Wait()
 	}()
 	if err := <-started; err != nil {
 		return nil, err
 	}
-	return p, nil
+	return func() error { return <-ended }, nil
+}
+
+// mapped is what QEMU maps but does not use, in bytes: its libraries, and the
+// stacks and arenas of its threads.
+const mapped = 4 << 30
+
+// bound makes cmd set limits for itself before it becomes QEMU. Processes are not
+// among them: the kernel counts all of the user's, of other programs, too.
+func bound(cmd *exec.Cmd, memory int64) error {
+	prlimit, err := exec.LookPath("prlimit")
+	if err != nil {
+		return &MissingError{What: "prlimit", Package: "util-linux"}
+	}
+	limits := []string{prlimit, fmt.Sprintf("--as=%d", memory+mapped), "--core=0", "--nofile=1024"}
+	cmd.Path, cmd.Args = prlimit, slices.Concat(limits, []string{"--", cmd.Path}, cmd.Args[1:])
+	return nil
 }
 
 // kill ends the process, if it still runs, and waits for it.

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"sync/atomic"
@@ -93,7 +92,7 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 	if err := Check(m.Firmware); err != nil {
 		return nil, err
 	}
-	kvm, err := kvmWorks(ctx)
+	kvm, err := kvmWorks(ctx, m.Launch)
 	if err != nil {
 		return nil, err
 	}
@@ -101,10 +100,7 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 	if err != nil {
 		return nil, fmt.Errorf("machine: %w", err)
 	}
-	// QEMU opens all that it needs in there before it greets: when launch
-	// returns the names can go, also that of the disk's overlay.
-	defer os.RemoveAll(scratch.Name())
-	defer scratch.Close()
+	defer scratch.Close() // QEMU has its own descriptors
 
 	vm := &VM{kvm: kvm, uefi: m.Firmware == UEFI}
 	w := wiring{kvm: kvm, scratch: scratch, screenshot: screenshot}
@@ -153,12 +149,8 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 	if vm.screen != nil {
 		vm.screenPath = inheritedPath(strconv.Itoa(slices.Index(files, vm.screen) + 3))
 	}
-	var groups []uint32
-	if kvm {
-		groups = kvmGroups()
-	}
 	vm.started = time.Now()
-	vm.process, err = spawn(ctx, args, files, groups)
+	vm.process, err = spawn(ctx, m.Launch, args, files, Needs{Memory: m.memoryBound(), KVM: kvm})
 	if err != nil {
 		closeOurs()
 		return nil, err
@@ -204,91 +196,88 @@ func socketPair(name string) (ours, theirs *os.File, err error) {
 	return os.NewFile(uintptr(fds[0]), name), os.NewFile(uintptr(fds[1]), name), nil
 }
 
-// makeScratch makes the machine's scratch folder in m.Dir, with what QEMU must
-// open by name: kernel and initramfs, which may be files that its user can't
-// read, the disk's overlay, and a fresh store of UEFI variables. It belongs to
-// QEMU's user and nobody else can enter it.
-func makeScratch(m Machine) (dir *os.File, err error) {
-	path, err := os.MkdirTemp(m.Dir, ".qemu-")
+// scratch are the files that are a machine's own; nil where it needs none. They
+// have no names: QEMU gets their descriptors, nobody else can reach them, and
+// they go when it ends, however it ends.
+type scratch struct {
+	kernel, initrd     *os.File
+	variables, overlay *os.File // which it writes
+}
+
+func (s scratch) Close() {
+	for _, f := range []*os.File{s.kernel, s.initrd, s.variables, s.overlay} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// makeScratch makes, on the disk of m.Dir, the disk's overlay, a fresh store of
+// UEFI variables, and copies of kernel and initramfs, which may be files that
+// QEMU's user can't read.
+func makeScratch(m Machine) (s scratch, err error) {
+	make := func(to **os.File, fill func(*os.File) error) {
+		if err != nil {
+			return
+		}
+		var f *os.File
+		if f, err = nameless(m.Dir); err == nil {
+			*to, err = f, fill(f)
+		}
+	}
+	if m.Kernel != nil {
+		make(&s.kernel, copyOf(m.Kernel))
+	}
+	if m.Initrd != nil {
+		make(&s.initrd, copyOf(m.Initrd))
+	}
+	if m.Firmware == UEFI {
+		make(&s.variables, func(f *os.File) error {
+			flash, err := os.ReadFile(ovmfVars)
+			if err == nil && len(m.Variables) > 0 {
+				flash, err = setVariables(flash, m.Variables)
+			}
+			if err != nil {
+				return fmt.Errorf("%s: %w", ovmfVars, err)
+			}
+			_, err = f.Write(flash)
+			return err
+		})
+	}
+	if m.Disk != nil {
+		make(&s.overlay, func(f *os.File) error { return writeOverlay(f, m.Disk, m.DiskSize, m.Patches) })
+	}
+	if err != nil {
+		s.Close()
+		return scratch{}, err
+	}
+	return s, nil
+}
+
+// nameless makes a file on dir's disk that has no name, and goes when nobody
+// has it open any more. Whoever gets its descriptor may open it again: QEMU does,
+// and we can't know as which user.
+func nameless(dir string) (*os.File, error) {
+	f, err := os.CreateTemp(dir, ".qemu-")
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			os.RemoveAll(path)
-		}
-	}()
-	if m.Kernel != nil {
-		if err := copyInto(path, scratchKernel, m.Kernel); err != nil {
-			return nil, err
-		}
+	if err = os.Remove(f.Name()); err == nil {
+		err = f.Chmod(0o666)
 	}
-	if m.Initrd != nil {
-		if err := copyInto(path, scratchInitrd, m.Initrd); err != nil {
-			return nil, err
-		}
-	}
-	if m.Firmware == UEFI {
-		flash, err := os.ReadFile(ovmfVars)
-		if err == nil && len(m.Variables) > 0 {
-			flash, err = setVariables(flash, m.Variables)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", ovmfVars, err)
-		}
-		if err := makeIn(path, scratchVars, func(f *os.File) error {
-			_, err := f.Write(flash)
-			return err
-		}); err != nil {
-			return nil, err
-		}
-	}
-	if m.Disk != nil {
-		if err := makeIn(path, scratchOverlay, func(f *os.File) error {
-			return writeOverlay(f, m.Disk, m.DiskSize, m.Patches)
-		}); err != nil {
-			return nil, err
-		}
-	}
-	// Last: from here on another process of that user can change the folder.
-	if err := giveAway(path); err != nil {
+	if err != nil {
+		f.Close()
 		return nil, err
 	}
-	return os.Open(path)
+	return f, nil
 }
 
-// copyInto copies all of f, whatever its offset, to a new file for QEMU.
-func copyInto(dir, name string, f *os.File) error {
-	return makeIn(dir, name, func(to *os.File) error {
+// copyOf fills a file with all of f, whatever its offset.
+func copyOf(f *os.File) func(*os.File) error {
+	return func(to *os.File) error {
 		if _, err := io.Copy(to, io.NewSectionReader(f, 0, 1<<62)); err != nil {
 			return fmt.Errorf("copy %s: %w", f.Name(), err)
 		}
 		return nil
-	})
-}
-
-// makeIn makes a new file for QEMU, with what fill writes.
-func makeIn(dir, name string, fill func(*os.File) error) error {
-	path := filepath.Join(dir, name)
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
 	}
-	defer f.Close()
-	if err := fill(f); err != nil {
-		return err
-	}
-	if err := giveAway(path); err != nil {
-		return err
-	}
-	return f.Close()
-}
-
-// giveAway makes path belong to the user that QEMU runs as.
-func giveAway(path string) error {
-	cred, err := credential(nil)
-	if err != nil || cred == nil {
-		return err
-	}
-	return os.Lchown(path, int(cred.Uid), int(cred.Gid))
 }

@@ -410,7 +410,7 @@ func TestQEMUThatRefusesToStart(t *testing.T) {
 func TestProbeKVM(t *testing.T) {
 	needQEMU(t)
 	begin := time.Now()
-	works := probeKVM(t.Context())
+	works := probeKVM(t.Context(), nil)
 	if d := time.Since(begin); d > kvmProbeLimit+2*time.Second {
 		t.Errorf("the probe took %v", d)
 	}

@@ -23,7 +23,7 @@ type BIOS struct {
 // MakeBIOS makes GRUB for a BIOS. It shows the menu.lst of the FAT32 partition
 // with that volume ID. The same volume ID and GRUB version give the same bytes.
 // The error is a *[MissingError] where a piece of GRUB is not installed.
-func MakeBIOS(ctx context.Context, volumeID uint32) (BIOS, error) {
+func MakeBIOS(ctx context.Context, launch Launcher, volumeID uint32) (BIOS, error) {
 	const pkg = "grub-pc-bin"
 	if err := present(biosDir, "boot.img", pkg); err != nil {
 		return BIOS{}, err
@@ -35,7 +35,7 @@ func MakeBIOS(ctx context.Context, volumeID uint32) (BIOS, error) {
 	if len(boot) != sectorSize {
 		return BIOS{}, fmt.Errorf("GRUB's boot sector %s/boot.img has %d bytes, not 512: install %s anew", biosDir, len(boot), pkg)
 	}
-	core, err := image{"i386-pc", biosDir, pkg, biosPrefix, biosConfig(volumeID), biosModules}.make(ctx)
+	core, err := image{"i386-pc", biosDir, pkg, biosPrefix, biosConfig(volumeID), biosModules}.make(ctx, launch)
 	if err != nil {
 		return BIOS{}, err
 	}

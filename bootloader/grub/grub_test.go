@@ -54,11 +54,11 @@ func needGRUB(t *testing.T) (BIOS, []byte) {
 	need.Tool(t, "grub-mkimage", "grub-common")
 	need.File(t, biosDir+"/boot.img", "grub-pc-bin")
 	need.File(t, efiDir+"/moddep.lst", "grub-efi-amd64-bin")
-	bios, err := MakeBIOS(t.Context(), volumeID)
+	bios, err := MakeBIOS(t.Context(), nil, volumeID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	efi, err := MakeEFI(t.Context(), volumeID)
+	efi, err := MakeEFI(t.Context(), nil, volumeID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,7 +71,7 @@ func TestSameInputSameBytes(t *testing.T) {
 	if !bytes.Equal(bios.boot, bios2.boot) || !bytes.Equal(bios.core, bios2.core) || !bytes.Equal(efi, efi2) {
 		t.Error("two runs gave different bytes")
 	}
-	other, err := MakeBIOS(t.Context(), volumeID+1)
+	other, err := MakeBIOS(t.Context(), nil, volumeID+1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ func fakeMkimage(t *testing.T, script string) image {
 func TestNobodyRunsMkimage(t *testing.T) {
 	need.Root(t)
 	need.File(t, efiDir+"/moddep.lst", "grub-efi-amd64-bin")
-	got, err := fakeMkimage(t, "id -u; id -g; id -G; pwd; cat /proc/self/fd/0\n").make(t.Context())
+	got, err := fakeMkimage(t, "id -u; id -g; id -G; pwd; cat /proc/self/fd/0\n").make(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +116,7 @@ func TestCancelKillsMkimageAndItsChildren(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	start := time.Now()
-	if _, err := im.make(ctx); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := im.make(ctx, nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
 	}
 	// A child that lived on would hold its stderr open until WaitDelay.
@@ -131,7 +131,7 @@ func TestMissing(t *testing.T) {
 		t.Errorf("a missing folder: %v", err)
 	}
 	t.Setenv("PATH", t.TempDir())
-	_, err := MakeEFI(t.Context(), volumeID)
+	_, err := MakeEFI(t.Context(), nil, volumeID)
 	if !errors.As(err, &missing) || missing.Name != "grub-mkimage" || missing.Package != "grub-common" {
 		t.Errorf("no grub-mkimage: %v", err)
 	}
@@ -141,14 +141,14 @@ func TestCancelled(t *testing.T) {
 	needGRUB(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := MakeBIOS(ctx, volumeID); !errors.Is(err, context.Canceled) {
+	if _, err := MakeBIOS(ctx, nil, volumeID); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
 }
 
 func TestMkimageFails(t *testing.T) {
 	needGRUB(t)
-	_, err := image{"i386-pc", biosDir, "", "/", "", []string{"no-such-module"}}.make(t.Context())
+	_, err := image{"i386-pc", biosDir, "", "/", "", []string{"no-such-module"}}.make(t.Context(), nil)
 	if err == nil || !strings.Contains(err.Error(), "no-such-module") {
 		t.Errorf("its message is lost: %v", err)
 	}

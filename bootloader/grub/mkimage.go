@@ -37,6 +37,23 @@ func (e *MissingError) Error() string {
 	return fmt.Sprintf("%s is missing: install it with apt-get install %s", e.Name, e.Package)
 }
 
+// Launcher starts a program that [os/exec] could run, with cmd's Path, Args, Env,
+// Dir and standard files, away from this process: apart from the system, as a user
+// without rights, and so that it dies with this process. It is killed when ctx
+// ends. wait returns when nothing of it runs any more, with nil if it ended well.
+type Launcher func(ctx context.Context, cmd *exec.Cmd) (wait func() error, err error)
+
+// asChild is the Launcher of a machine without systemd.
+func asChild(_ context.Context, cmd *exec.Cmd) (wait func() error, err error) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if os.Geteuid() == 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
+	}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = 5 * time.Second
+	return cmd.Wait, cmd.Start()
+}
+
 // image is one run of grub-mkimage.
 type image struct {
 	format  string // its -O
@@ -50,7 +67,7 @@ type image struct {
 // make returns what grub-mkimage makes of im. It gets its script from, and
 // writes to, files that have no name: there is nothing to clean up, and a user
 // without rights can use them.
-func (im image) make(ctx context.Context) ([]byte, error) {
+func (im image) make(ctx context.Context, launch Launcher) ([]byte, error) {
 	path, err := exec.LookPath("grub-mkimage")
 	if err != nil {
 		return nil, &MissingError{"grub-mkimage", "grub-common"}
@@ -80,13 +97,14 @@ func (im image) make(ctx context.Context) ([]byte, error) {
 	cmd.Stdin, cmd.Stdout = script, out
 	var messages bytes.Buffer
 	cmd.Stderr = &messages
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if os.Geteuid() == 0 {
-		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
+	if launch == nil {
+		launch = asChild
 	}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = 5 * time.Second
-	if err := cmd.Run(); err != nil {
+	wait, err := launch(ctx, cmd)
+	if err == nil {
+		err = wait()
+	}
+	if err != nil {
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("make GRUB's %s image: %w", im.format, ctx.Err())
 		}

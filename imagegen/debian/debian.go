@@ -20,10 +20,13 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/memlinux/memlinux/imagegen/sandbox"
 )
 
 // ErrNoCandidate says that apt's lists know no such package, or that it can't
@@ -35,6 +38,93 @@ type Apt struct {
 	// Config is an apt.conf(5) file that is read before the system's own
 	// (APT_CONFIG); "" for none.
 	Config string
+	// Dir is a folder for lists of our own, which Update fetches where programs
+	// run apart from this process (sandbox.Use) and so can't renew the system's.
+	// They count as long as they are newer. The folder is made when needed, below
+	// one that exists.
+	Dir string
+}
+
+// apart reports whether apt-get, which works on what comes over the network, runs
+// apart from this process.
+func (a Apt) apart() bool { return sandbox.Apart() != nil && a.Dir != "" }
+
+// ownLists are options for apt to take its lists from Dir.
+func (a Apt) ownLists() []string {
+	return []string{"-oDir::State::lists=" + a.Dir + "/lists", "-oDir::Cache=" + a.Dir + "/cache"}
+}
+
+// stamp is the file in Dir that is as old as the lists there.
+const stamp = "updated"
+
+// freshest are the options for apt to take the newest lists that there are.
+func (a Apt) freshest(ctx context.Context) ([]string, error) {
+	if !a.apart() {
+		return nil, nil
+	}
+	own, err := os.Stat(filepath.Join(a.Dir, stamp))
+	if err != nil {
+		return nil, nil // never fetched
+	}
+	out, err := a.run(ctx, "", "apt-config", "shell", "lists", "Dir::State::lists/d")
+	if err != nil {
+		return nil, err
+	}
+	_, dir, _ := strings.Cut(strings.TrimSpace(string(out)), "=")
+	if system, err := os.Stat(strings.Trim(dir, "'")); err == nil && system.ModTime().After(own.ModTime()) {
+		return nil, nil
+	}
+	return a.ownLists(), nil
+}
+
+// fetchTime bounds one run of apt-get.
+const fetchTime = 2 * time.Hour
+
+// User is who apt fetches as, or 0 where it has no user of its own.
+func User() int {
+	u, err := user.Lookup("_apt")
+	if err != nil {
+		return 0
+	}
+	uid, _ := strconv.Atoi(u.Uid)
+	return uid
+}
+
+// GiveToApt makes the folder belong to the user that apt fetches as.
+func GiveToApt(folder string) error {
+	uid := User()
+	if uid == 0 {
+		return errors.New("apt has no user _apt here; this needs a Debian system, or give a file instead")
+	}
+	return sandbox.GiveTo(folder, uid, 65534) // its group is nogroup
+}
+
+// Apart starts cmd, an apt-get that writes only the folders, which are its user's,
+// by the sandbox's Launcher, and waits for it.
+func Apart(ctx context.Context, cmd *exec.Cmd, folders ...string) error {
+	path, err := sandbox.Find(cmd.Args[0], "apt")
+	if err != nil {
+		return err
+	}
+	cmd.Path = path
+	// Of the daemon's environment it gets no more than where the network is.
+	cmd.Env = slices.DeleteFunc(cmd.Env, func(v string) bool {
+		name, _, _ := strings.Cut(v, "=")
+		switch strings.ToLower(name) {
+		case "http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "apt_config", "lc_all", "debian_frontend":
+			return false
+		}
+		return true
+	})
+	cmd.Env = append(cmd.Env, "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
+	if cmd.Dir == "" {
+		cmd.Dir = "/"
+	}
+	wait, err := sandbox.Apart()(ctx, cmd, sandbox.Needs{User: User(), Folders: folders, Limit: fetchTime, Network: true})
+	if err != nil {
+		return err
+	}
+	return wait()
 }
 
 // Package is the version of a package that apt would fetch.
@@ -59,7 +149,11 @@ func (a Apt) Candidate(ctx context.Context, name string) (Package, error) {
 	if !ValidName(name) {
 		return Package{}, fmt.Errorf("%q is not a Debian package name", name)
 	}
-	out, err := a.run(ctx, "", "apt-cache", "show", "--no-all-versions", "--", name)
+	lists, err := a.freshest(ctx)
+	if err != nil {
+		return Package{}, err
+	}
+	out, err := a.run(ctx, "", "apt-cache", append(lists, "show", "--no-all-versions", "--", name)...)
 	var failed *commandError
 	if errors.As(err, &failed) {
 		return Package{}, fmt.Errorf("%s: %w", name, ErrNoCandidate)
@@ -122,7 +216,11 @@ func parsePackage(paragraph []byte) (Package, error) {
 // configuration: while it stays the same, so do they. To take it is much
 // quicker than to ask apt.
 func (a Apt) State(ctx context.Context) (string, error) {
-	out, err := a.run(ctx, "", "apt-config", "shell", "lists", "Dir::State::lists/d", "etc", "Dir::Etc/d", "sources", "Dir::Etc::sourcelist/f")
+	fresh, err := a.freshest(ctx)
+	if err != nil {
+		return "", err
+	}
+	out, err := a.run(ctx, "", "apt-config", append(fresh, "shell", "lists", "Dir::State::lists/d", "etc", "Dir::Etc/d", "sources", "Dir::Etc::sourcelist/f")...)
 	if err != nil {
 		return "", err
 	}
@@ -153,16 +251,41 @@ func (a Apt) State(ctx context.Context) (string, error) {
 
 // Update makes apt fetch its lists anew. It needs root and the network.
 func (a Apt) Update(ctx context.Context) error {
-	_, err := a.run(ctx, "", "apt-get", "-q", "update", "--error-on=any")
-	return err
+	args := []string{"-q", "update", "--error-on=any"}
+	if !a.apart() {
+		_, err := a.run(ctx, "", "apt-get", args...)
+		return err
+	}
+	var folders []string
+	for _, name := range []string{"lists", "cache"} {
+		folder := filepath.Join(a.Dir, name)
+		if err := os.MkdirAll(folder, 0o755); err != nil { //nolint:gosec // what the lists say is public
+			return fmt.Errorf("renew apt's lists: %w", err)
+		}
+		if err := GiveToApt(folder); err != nil {
+			return fmt.Errorf("renew apt's lists: %w", err)
+		}
+		folders = append(folders, folder)
+	}
+	if _, err := a.get(ctx, "", append(a.ownLists(), args...), folders...); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(a.Dir, stamp), nil, 0o644) //nolint:gosec // it is empty
 }
 
 // Download fetches p into the empty folder dir and returns the open .deb; the
 // caller closes it. Its bytes are those that apt's signed lists promise.
 // report, which may be nil, is called with the bytes fetched so far.
 func (a Apt) Download(ctx context.Context, p Package, dir string, report func(done int64)) (*os.File, error) {
+	lists, err := a.freshest(ctx)
+	if err == nil && a.apart() {
+		err = GiveToApt(dir)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("fetch %s: %w", p.Name, err)
+	}
 	// As root, apt fetches as its own user where that may write in dir.
-	if u, err := user.Lookup("_apt"); err == nil && os.Geteuid() == 0 {
+	if u, err := user.Lookup("_apt"); err == nil && os.Geteuid() == 0 && !a.apart() {
 		if uid, err := strconv.Atoi(u.Uid); err == nil {
 			if err := os.Chown(dir, uid, -1); err != nil {
 				return nil, fmt.Errorf("fetch %s: %w", p.Name, err)
@@ -170,7 +293,7 @@ func (a Apt) Download(ctx context.Context, p Package, dir string, report func(do
 		}
 	}
 	stop := watch(dir, report)
-	_, err := a.run(ctx, dir, "apt-get", "-q", "download", p.Name+"="+p.Version)
+	_, err = a.get(ctx, dir, append(lists, "-q", "download", p.Name+"="+p.Version))
 	stop()
 	if err != nil {
 		return nil, fmt.Errorf("fetch %s %s: %w", p.Name, p.Version, err)
@@ -289,6 +412,22 @@ type commandError struct {
 func (e *commandError) Error() string { return e.name + ": " + e.said }
 
 func (a Apt) run(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
+	return a.output(ctx, dir, name, args, func(cmd *exec.Cmd) error { return cmd.Run() })
+}
+
+// get runs apt-get in dir, which writes there and in the folders alone where it
+// runs apart.
+func (a Apt) get(ctx context.Context, dir string, args []string, folders ...string) ([]byte, error) {
+	if !a.apart() {
+		return a.run(ctx, dir, "apt-get", args...)
+	}
+	if dir != "" {
+		folders = append(folders, dir)
+	}
+	return a.output(ctx, dir, "apt-get", args, func(cmd *exec.Cmd) error { return Apart(ctx, cmd, folders...) })
+}
+
+func (a Apt) output(ctx context.Context, dir, name string, args []string, run func(*exec.Cmd) error) ([]byte, error) {
 	cmd, stderr := command(ctx, name, args...)
 	cmd.Dir = dir
 	if a.Config != "" {
@@ -296,7 +435,7 @@ func (a Apt) run(ctx context.Context, dir, name string, args ...string) ([]byte,
 	}
 	var out bytes.Buffer
 	cmd.Stdout = &out
-	err := cmd.Run()
+	err := run(cmd)
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("%s: %w", name, ctx.Err())
 	}
@@ -319,7 +458,7 @@ func command(ctx context.Context, name string, args ...string) (*exec.Cmd, *byte
 }
 
 func explain(name string, err error, stderr []byte) error {
-	var exit *exec.ExitError
+	var exit interface{ ExitCode() int }
 	switch {
 	case errors.Is(err, exec.ErrNotFound):
 		return fmt.Errorf("%s is not installed; this needs a Debian system, or give a file instead: %w", name, err)

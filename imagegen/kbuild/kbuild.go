@@ -517,6 +517,14 @@ func (b *build) installModules(ctx context.Context, release string) (string, err
 	})
 }
 
+// folders are those that compilers write.
+func (b *build) folders() []string {
+	if b.ccache {
+		return []string{b.r.WorkDir, b.r.CcacheDir}
+	}
+	return []string{b.r.WorkDir}
+}
+
 // run runs make in the tree, with its output in the log, and returns the number
 // of objects that it made.
 func (b *build) run(ctx context.Context, step string, limit time.Duration, report func(done, total int64), total int, args ...string) (int, error) {
@@ -529,7 +537,7 @@ func (b *build) run(ctx context.Context, step string, limit time.Duration, repor
 		env = append(env, "CCACHE_DIR="+b.r.CcacheDir, "CCACHE_BASEDIR="+b.tree, "CCACHE_NOHASHDIR=1", "CCACHE_COMPILERCHECK=content", "CCACHE_DEPEND=1", "CCACHE_MAXSIZE=2G")
 	}
 	argv := append([]string{"make", "O=" + outFolder, "ARCH=x86_64", "CC=" + compiler}, args...)
-	err := sandbox.Run(ctx, sandbox.Command{Argv: argv, Dir: b.tree, Env: env, Output: w, Limit: limit})
+	err := sandbox.Run(ctx, sandbox.Command{Argv: argv, Dir: b.tree, Folders: b.folders(), Env: env, Output: w, Limit: limit})
 	switch {
 	case err == nil:
 		return w.objects, nil

@@ -50,21 +50,13 @@ func compileKeymap(ctx context.Context, name string) ([]byte, error) {
 	if variant != "" && !regexp.MustCompile(`xkb_symbols\s+"`+regexp.QuoteMeta(variant)+`"`).Match(symbols) {
 		return nil, fmt.Errorf("%s is no keymap: the layout %s has no variant %s (see %s%s)", name, layout, variant, xkbSymbols, layout)
 	}
-	dir, err := os.MkdirTemp("", "memlinux-keymap-")
-	if err != nil {
-		return nil, fmt.Errorf("make the keymap %s: %w", name, err)
-	}
-	defer os.RemoveAll(dir)
-	if err := sandbox.Give(dir); err != nil {
-		return nil, fmt.Errorf("make the keymap %s: %w", name, err)
-	}
 	argv := []string{"ckbcomp", layout}
 	if variant != "" {
 		argv = append(argv, variant)
 	}
 	run := func(argv []string, input []byte) ([]byte, error) {
 		var out bytes.Buffer
-		err := sandbox.Run(ctx, sandbox.Command{Argv: argv, Dir: dir, Stdin: bytes.NewReader(input), Output: &out, Limit: keymapTime})
+		err := sandbox.Run(ctx, sandbox.Command{Argv: argv, Stdin: bytes.NewReader(input), Output: &out, Limit: keymapTime})
 		return out.Bytes(), err
 	}
 	source, err := run(argv, nil)

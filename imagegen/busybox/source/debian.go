@@ -167,6 +167,13 @@ func (a aptSources) fetch(ctx context.Context, to string, report func(done, tota
 	if err := a.prepare(ctx); err != nil {
 		return "", err
 	}
+	if sandbox.Apart() != nil {
+		for _, name := range []string{"lists", "cache", "files"} {
+			if err := debian.GiveToApt(filepath.Join(a.dir, name)); err != nil {
+				return "", err
+			}
+		}
+	}
 	// Other people's repositories have no sources, and that is an error of update.
 	_, updateErr := a.output(ctx, "", "apt-get", "-q", "update")
 	if ctx.Err() != nil {
@@ -188,7 +195,7 @@ func (a aptSources) fetch(ctx context.Context, to string, report func(done, tota
 	}
 	report(0, total)
 	// As root, apt fetches as its own user where that may write in the folder.
-	if u, err := user.Lookup("_apt"); err == nil && os.Geteuid() == 0 {
+	if u, err := user.Lookup("_apt"); err == nil && os.Geteuid() == 0 && sandbox.Apart() == nil {
 		if uid, err := strconv.Atoi(u.Uid); err == nil {
 			if err := os.Chown(files, uid, -1); err != nil {
 				return "", err
@@ -266,7 +273,12 @@ func (a aptSources) output(ctx context.Context, dir, name string, args ...string
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	var out, complaints bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &complaints
-	err := cmd.Run()
+	var err error
+	if name == "apt-get" && sandbox.Apart() != nil {
+		err = debian.Apart(ctx, cmd, a.dir)
+	} else {
+		err = cmd.Run()
+	}
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("%s: %w", name, ctx.Err())
 	}

@@ -599,7 +599,11 @@ func (b *build) make(ctx context.Context, step string, limit time.Duration, stdi
 // sandboxed runs a program with its output in the log.
 func (b *build) sandboxed(ctx context.Context, step string, limit time.Duration, stdin io.Reader, object func(), dir string, argv ...string) error {
 	w := &watcher{log: b.log, left: &b.logLeft, object: object}
-	err := sandbox.Run(ctx, sandbox.Command{Argv: argv, Dir: dir, Env: b.env, Stdin: stdin, Output: w, Limit: limit})
+	folders := []string{b.r.WorkDir}
+	if b.r.CcacheDir != "" {
+		folders = append(folders, b.r.CcacheDir)
+	}
+	err := sandbox.Run(ctx, sandbox.Command{Argv: argv, Dir: dir, Folders: folders, Env: b.env, Stdin: stdin, Output: w, Limit: limit})
 	if err == nil {
 		return nil
 	}

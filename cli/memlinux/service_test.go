@@ -1,0 +1,105 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/memlinux/memlinux/testvm/need"
+	"github.com/memlinux/memlinux/testvm/nspawn"
+)
+
+// What memlinuxd's own service may not do, its machinery does in services of its
+// own: apt fetches a kernel, GRUB is made, and virtual machines boot the stick.
+// Cancelled, or when memlinuxd is killed, nothing of it stays.
+func TestMachineryOfAService(t *testing.T) {
+	need.Root(t)
+	image, _ := need.Kernel(t)
+	unit, err := os.ReadFile("../../systemd/memlinuxd.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	unitFile := filepath.Join(dir, "memlinuxd.service")
+	if err := os.WriteFile(unitFile, []byte(strings.ReplaceAll(string(unit), "@libexecdir@", "/usr/libexec")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	files := nspawn.Run(t, nspawn.Debian{
+		Files: map[string]string{
+			"/usr/libexec/memlinuxd":                                    filepath.Join(bin, "memlinuxd"),
+			"/usr/bin/memlinux":                                         filepath.Join(bin, "memlinux"),
+			"/run/systemd/system/memlinuxd.service":                     unitFile,
+			"/usr/share/polkit-1/actions/org.memlinux.memlinux1.policy": "../../systemd/org.memlinux.memlinux1.policy",
+			"/etc/dbus-1/system.d/org.memlinux.Memlinux1.conf":          "../../systemd/org.memlinux.Memlinux1.conf",
+			"/srv/deb/boot/vmlinuz-6.1.0-1-amd64":                       image,
+		},
+		Script: machinery,
+	})
+	t.Log(files["said"])
+	for _, name := range []string{"cancelled", "killed"} {
+		if files[name] != "" {
+			t.Errorf("%s, what is left: %s", name, files[name])
+		}
+	}
+	if got := strings.Fields(files["fetched"]); fmt.Sprint(got) != "[initramfs.img manifest.json menu.lst vmlinuz]" {
+		t.Errorf("of a fetched kernel was made: %q", got)
+	}
+	// Names of services end with numbers.
+	for _, want := range []string{"memlinux-fetch-", "memlinux-chown-", "memlinux-grub-", "memlinux-qemu-"} {
+		if !strings.Contains(files["units"], want) {
+			t.Errorf("no service was called %s: %s", want, files["units"])
+		}
+	}
+}
+
+const machinery = `
+mkdir -p /run/systemd/system/memlinuxd.service.d
+cat > /run/systemd/system/memlinuxd.service.d/hard.conf <<'END'
+[Service]
+ProtectSystem=strict
+PrivateTmp=yes
+PrivateNetwork=yes
+RestrictNamespaces=yes
+MemoryDenyWriteExecute=yes
+NoNewPrivileges=yes
+CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_DAC_READ_SEARCH CAP_DAC_OVERRIDE CAP_LINUX_IMMUTABLE
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+END
+systemctl daemon-reload
+systemctl reload dbus
+systemctl start memlinuxd
+
+# A repository with one kernel, which apt does not know yet.
+cd /srv
+mkdir -p deb/DEBIAN repo
+printf 'Package: linux-image-test\nVersion: 1\nArchitecture: amd64\nMaintainer: nobody <nobody@localhost>\nDescription: test\n' > deb/DEBIAN/control
+dpkg-deb --root-owner-group -Znone --build deb repo/linux-image-test_1_amd64.deb > /dev/null
+{ cat deb/DEBIAN/control; cd repo; for d in *.deb; do echo "Filename: ./$d"; echo "Size: $(stat -c %s $d)"; echo "SHA256: $(sha256sum $d | cut -d' ' -f1)"; done; } > repo/Packages
+rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/* /var/lib/apt/lists/*
+echo 'deb [trusted=yes] file:/srv/repo ./' > /etc/apt/sources.list
+cd /run/test/out
+memlinux build --kernel debian:linux-image-test --modules none -o /srv/out
+ls /srv/out > fetched
+test -z "$(ls -A /var/lib/apt/lists)" # which are not ours
+
+# What runs of the services, besides memlinuxd, and the virtual machine.
+running() { systemctl list-units --plain --no-legend --all 'memlinux-*'; grep -lsx 'qemu-system-x86' /proc/[0-9]*/comm || :; }
+guest() { for i in {1..1200}; do running | grep -q qemu-system && return; running | grep -q 'memlinux-qemu.*running' && grep -qsx qemu-system-x86 /proc/[0-9]*/comm && return; sleep 0.1; done; return 1; }
+
+memlinux write --yes --kernel /srv/out/vmlinuz --modules none /srv/stick.img & pid=$!
+guest
+kill -INT $pid
+wait $pid && false || test $? = 130
+running > cancelled
+systemctl is-active memlinuxd
+
+memlinux write --yes --kernel /srv/out/vmlinuz --modules none /srv/stick2.img & pid=$!
+guest
+systemctl kill --kill-whom=main --signal=SIGKILL memlinuxd
+! wait $pid
+for i in {1..100}; do running > killed; test -s killed || break; sleep 0.1; done
+journalctl --boot --no-pager --output=cat | grep '^Started memlinux-' > units
+`
