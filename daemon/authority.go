@@ -238,7 +238,10 @@ func (s *Server) authorize(c *call, may permission) error {
 		q.Details = map[string]string{}
 	}
 	err := s.authority(c.ctx, s.aside, q)
-	if c.ctx.Err() != nil {
+	switch {
+	case s.ctx.Err() != nil:
+		return errStopping
+	case c.ctx.Err() != nil:
 		return denied("the caller is gone")
 	}
 	return err

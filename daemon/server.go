@@ -315,6 +315,8 @@ func (c *call) take(fd dbus.UnixFDIndex) (*os.File, error) {
 	return f, nil
 }
 
+var errStopping = &api.Error{Name: api.ErrBusy, Message: "memlinuxd is stopping; try again in a moment"}
+
 // dispatch is the one way to every method.
 func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.Message) (ret []any, err error) {
 	a := s.gate.taken(msg)
@@ -331,7 +333,7 @@ func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.
 	select { // a call to our unique name can come before we are ready
 	case <-s.opened:
 	case <-a.client.ctx.Done():
-		return nil, &api.Error{Name: api.ErrBusy, Message: "memlinuxd is stopping; try again in a moment"}
+		return nil, errStopping
 	}
 	m, err := s.lookup(path, iface, member)
 	if err != nil {

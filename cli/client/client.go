@@ -309,7 +309,10 @@ func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.Ob
 	}()
 	select {
 	case err := <-started:
-		return job, err
+		if err == nil || ctx.Err() == nil {
+			return job, err
+		}
+		return "", ctx.Err() // what came of a Ctrl-C
 	case <-ctx.Done():
 	}
 	select {

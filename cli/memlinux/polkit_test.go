@@ -31,7 +31,7 @@ mkdir /run/dbus
 dbus-daemon --config-file=bus.conf --nofork --nopidfile --nosyslog >words 2>&1 &
 until [ -S /run/dbus/system_bus_socket ]; do sleep 0.02; done
 /usr/lib/polkit-1/polkitd --no-debug >>words 2>&1 &
-"$BIN/memlinuxd" >>words 2>&1 &
+setsid "$BIN/memlinuxd" >>words 2>&1 & # a Ctrl-C is not for it
 gdbus wait --system --timeout 30 org.freedesktop.PolicyKit1
 gdbus wait --system --timeout 30 org.memlinux.Memlinux1
 set +e
