@@ -56,6 +56,7 @@ func installed(t *testing.T) map[string]string {
 		"/usr/lib/systemd/system/":           "memlinuxd.service",
 		"/usr/share/dbus-1/system-services/": "org.memlinux.Memlinux1.service",
 		"/usr/share/dbus-1/system.d/":        "org.memlinux.Memlinux1.conf",
+		"/usr/share/polkit-1/actions/":       "org.memlinux.memlinux1.policy",
 	} {
 		text, err := os.ReadFile(name)
 		if err != nil {
@@ -90,8 +91,14 @@ mkdir -p /etc/systemd/system/memlinuxd.service.d /etc/memlinux /var/cache/memlin
 printf '[Unit]\nStartLimitIntervalSec=0\n' > /etc/systemd/system/memlinuxd.service.d/test.conf
 systemctl daemon-reload
 systemctl reload dbus
-# Tries until it is so.
-until_so() { until "$@"; do sleep 0.05; done; }
+# Tries until it is so, for no longer than a machine with other work needs.
+until_so() {
+	local end=$((SECONDS + 60))
+	until "$@"; do
+		if [ $SECONDS -ge $end ]; then echo "this never was so: $*"; return 1; fi
+		sleep 0.05
+	done
+}
 state() { [ "$(systemctl show -P ActiveState memlinuxd)" = $1 ]; }
 version() { busctl call org.memlinux.Memlinux1 /org/memlinux/Memlinux1 org.freedesktop.DBus.Properties Get ss org.memlinux.Memlinux1.Manager Version; }
 # Begins a job on the disk that waits for this lock of the cache.
@@ -100,7 +107,8 @@ begin() {
 	lock=$!
 	memlinux write --yes --no-boot-test --kernel debian:linux-image-cloud-amd64 $disk > write 2>&1 &
 	writer=$!
-	until_so eval '[ "$(systemd-inhibit --list --no-legend | grep -c memlinux)" = 1 ]'
+	until_so eval '[ "$(systemd-inhibit --list --no-legend | grep -c memlinux)" = 1 ] || ! kill -0 $writer'
+	kill -0 $writer || { cat write; exit 1; }
 }
 `
 
