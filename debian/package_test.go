@@ -3,16 +3,22 @@
 package debian
 
 import (
+	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
+	"github.com/memlinux/memlinux/media/mediatest"
 	"github.com/memlinux/memlinux/testvm/need"
 	"github.com/memlinux/memlinux/testvm/nspawn"
+	"github.com/memlinux/memlinux/testvm/pc"
 )
 
 // build makes the package and returns its path.
@@ -93,7 +99,33 @@ apt() { apt-get -q -y "$@" > /tmp/apt 2>&1 || { cat /tmp/apt; false; }; }
 fails() { if "$@"; then echo "this did not fail: $*"; false; fi; }
 state() { systemctl show --property=ActiveState --value memlinuxd.service; }
 running() { memlinux jobs --json | grep -q '"state":"running"'; }
+until_so() {
+	local end=$((SECONDS + 60))
+	until "$@"; do
+		if [ $SECONDS -ge $end ]; then echo "this never was so: $*"; return 1; fi
+		sleep 0.05
+	done
+}
+# A command of the user's on a terminal of its own, whose keyboard is
+# descriptor 3, and how it ends.
+terminal() {
+	as anna script --quiet --flush --return --command "$1" /dev/null < /tmp/keys > $2 2>&1 &
+	on_terminal=$!
+	exec 3> /tmp/keys
+}
+there() { kill -0 $on_terminal 2> /dev/null; }
+left_terminal() {
+	local code=0
+	exec 3>&-
+	wait $on_terminal || code=$?
+	[ $code = $1 ] || { echo "on the terminal: $code, not $1"; cat asked cancelled; return 1; }
+}
+password='of root'
+echo "root:$password" | chpasswd
 
+mkdir /disk
+mount -o noatime ROOT /disk
+mount --bind /disk/boot /boot
 snapshot /tmp/before
 mkdir /etc/memlinux
 echo 'memory = 300' > /etc/memlinux/memlinux.toml
@@ -112,12 +144,49 @@ as anna busctl call org.memlinux.Memlinux1 /org/memlinux/Memlinux1 org.memlinux.
 [ "$(state)" = active ]
 as anna memlinux devices > devices
 as anna memlinux doctor > doctor
-as anna memlinux write --yes --no-boot-test DEVICE < /dev/null > /tmp/out 2> refused && exit 1 || echo $? > refused.exit
 
-# Root writes.
-memlinux write --yes --no-boot-test DEVICE > written
+# Where nobody can be asked, they may do no more.
+denied() { as anna memlinux "${@:2}" < /dev/null > /tmp/out 2> denied-$1 && exit 1 || [ $? = 4 ]; [ ! -s /tmp/out ]; }
+denied write write --yes --no-boot-test STICK
+denied install install --no-boot-test
+denied remove rollback
+
+# On a terminal polkit asks them, and they type root's password. What is typed
+# before the prompt is there for good is lost, as with a person who is too quick.
+mkfifo -m 666 /tmp/keys
+terminal "memlinux write --yes --no-boot-test STICK" asked
+until_so grep -q Password: asked
+while there; do echo "$password" >&3; sleep 0.5; done
+left_terminal 0
+
+# With a rule for them nobody is asked.
+cat > /etc/polkit-1/rules.d/50-anna.rules <<'END'
+polkit.addRule(function (action, subject) {
+    if (subject.user == "anna" && action.id.indexOf("org.memlinux.memlinux1.") == 0) return polkit.Result.YES;
+});
+END
+systemctl restart polkit
+as anna memlinux write --yes --no-boot-test STICK < /dev/null > written
+boot() { find /boot -printf '%y %m %U:%G %p\n' -type f -exec sha256sum {} + | sort; }
+boot > boot-before
+as anna memlinux install --no-boot-test --next < /dev/null > installed
+boot > boot-installed
+as anna memlinux rollback < /dev/null > rolled-back
+boot > boot-after
+
+# Ctrl-C cancels what they began, on a slow stick.
+terminal "memlinux write --yes --no-boot-test SLOW" cancelled
+until_so eval 'memlinux jobs --json | grep -q "\"state\":\"running\",\"phase\":\"write\""'
+printf '\003' >&3
+until_so eval '! there'
+left_terminal 130
+fails running
+systemctl list-units --plain --no-legend --all 'memlinux-*' > still
+
 memlinux jobs > jobs
+journalctl --unit memlinuxd --output json MEMLINUX_USER=$(id -u anna) > story
 systemctl status --no-pager memlinuxd.service > status
+rm /etc/polkit-1/rules.d/50-anna.rules
 
 # No upgrade or removal cuts a job off.
 memlinux vm --kernel /boot/vmlinuz-* < /dev/null > /tmp/vm 2>&1 &
@@ -148,6 +217,9 @@ diff /tmp/before /tmp/after > left || true
 
 func inDebian(t *testing.T, deb string) {
 	kernel, config := need.Kernel(t)
+	p := pc.Bare(t, pc.Spec{Loader: pc.GRUB2BIOS, Kernel: kernel, Config: config})
+	hard := p.Attach(t)
+	root := fmt.Sprintf("%sp%d", hard, p.Root.Number)
 	disk := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(disk, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -155,34 +227,60 @@ func inDebian(t *testing.T, deb string) {
 	if err := os.Truncate(disk, 128<<20); err != nil {
 		t.Fatal(err)
 	}
-	device := need.Loop(t, disk, "512")
+	stick := need.Loop(t, disk, "512")
+	// To write it all takes much longer than to press Ctrl-C.
+	slow := mediatest.New(t, 128<<20, 512)
+	slow.Break(mediatest.Faults{Fail: func(c mediatest.Call) syscall.Errno {
+		if c.Write && c.Off >= 4<<20 {
+			time.Sleep(100 * time.Millisecond)
+		}
+		return 0
+	}})
 	got := nspawn.Run(t, nspawn.Debian{
-		Files: map[string]string{
-			"/root/memlinux.deb":             deb,
-			"/boot/" + filepath.Base(kernel): kernel,
-			"/boot/" + filepath.Base(config): config,
-		},
-		Devices: []string{device},
-		Script:  strings.ReplaceAll(script, "DEVICE", device),
+		Files:   map[string]string{"/root/memlinux.deb": deb},
+		Devices: []string{hard, root, stick, slow.Path},
+		Script:  strings.NewReplacer("STICK", stick, "SLOW", slow.Path, "ROOT", root).Replace(script),
 	})
 	const jobRuns = "memlinux: a job is running, and this would cut it off"
 	for name, wants := range map[string][]string{
-		"devices":      {device},
-		"doctor":       {"ok       system bus ", "memlinuxd runs on it", "ok       GRUB for UEFI ", "ok       QEMU ", "  /boot/vmlinuz-"},
-		"refused":      {"memlinux: "},
-		"refused.exit": {"4\n"},
-		"written":      {"read back  the same, from the medium"},
-		"jobs":         {"write  succeeded"},
-		"status":       {"active (running)"},
-		"upgrade":      {jobRuns},
-		"remove":       {jobRuns},
+		"devices":        {stick},
+		"doctor":         {"ok       system bus ", "memlinuxd runs on it", "ok       GRUB for UEFI ", "ok       QEMU ", "  /boot/vmlinuz-"},
+		"denied-write":   {"memlinux: not authorized: "},
+		"denied-install": {"memlinux: not authorized: "},
+		"denied-remove":  {"memlinux: not authorized: "},
+		"asked":          {"Authentication is required to overwrite the disk (" + stick + ")", "read back  the same, from the medium"},
+		"written":        {"read back  the same, from the medium"},
+		"installed":      {"/boot/memlinux/vmlinuz-"},
+		"boot-installed": {"/boot/memlinux/vmlinuz-"},
+		"rolled-back":    {"taken back"},
+		"cancelled":      {"cancelled during write"},
+		"jobs":           {"rollback  succeeded"},
+		"status":         {"active (running)"},
+		"upgrade":        {jobRuns},
+		"remove":         {jobRuns},
 	} {
 		for _, want := range wants {
 			if !strings.Contains(got[name], want) {
 				t.Errorf("%s: %q is not in\n%s", name, want, got[name])
 			}
 		}
+		if strings.HasPrefix(name, "denied-") && strings.Count(got[name], "\n") != 1 {
+			t.Errorf("%s is not one sentence:\n%s", name, got[name])
+		}
 	}
+	if strings.Contains(got["cancelled"], "unplug") {
+		t.Errorf("a slow stick was taken for one that does not answer:\n%s", got["cancelled"])
+	}
+	if got["boot-before"] != got["boot-after"] {
+		t.Errorf("/boot was\n%s\nthen\n%s\nand after the rollback\n%s", got["boot-before"], got["boot-installed"], got["boot-after"])
+	}
+	if got["still"] != "" {
+		t.Errorf("after a cancel there are still\n%s", got["still"])
+	}
+	if end := slow.Holds(510, 2); end[0] == 0x55 && end[1] == 0xAA {
+		t.Error("a write was cancelled, and the stick has a boot sector")
+	}
+	checkStory(t, got["story"], filepath.Base(stick), filepath.Base(slow.Path))
 	for line := range strings.Lines(got["left"]) {
 		if (line[0] == '<' || line[0] == '>') && !strings.HasPrefix(line, "> /etc/memlinux") {
 			t.Errorf("the purge left another file, or took one: %s", line)
@@ -190,5 +288,40 @@ func inDebian(t *testing.T, deb string) {
 	}
 	if !strings.Contains(got["left"], "/etc/memlinux/memlinux.toml") {
 		t.Error("the purge took the user's configuration")
+	}
+}
+
+// checkStory reads what the journal tells of the user's jobs.
+func checkStory(t *testing.T, story, stick, slow string) {
+	t.Helper()
+	var ends []string
+	begun := map[string]bool{}
+	for line := range strings.Lines(story) {
+		var e struct {
+			Job    string `json:"MEMLINUX_JOB"`
+			Kind   string `json:"MEMLINUX_KIND"`
+			Device string `json:"MEMLINUX_DEVICE"`
+			Phase  string `json:"MEMLINUX_PHASE"`
+			Result string `json:"MEMLINUX_RESULT"`
+			ID     string `json:"MESSAGE_ID"`
+			Text   string `json:"MESSAGE"`
+		}
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		if e.Job == "" || e.ID == "" || !strings.Contains(e.Text, e.Job) {
+			t.Errorf("an entry of the journal is %s", line)
+		}
+		if e.Result != "" {
+			if !begun[e.Job] {
+				t.Errorf("the journal does not tell of the job's begin: %s", line)
+			}
+			ends = append(ends, strings.Join([]string{e.Kind, e.Device, e.Result}, " "))
+		}
+		begun[e.Job] = true
+	}
+	want := []string{"write " + stick + " succeeded", "write " + stick + " succeeded", "install  succeeded", "rollback  succeeded", "write " + slow + " cancelled"}
+	if !slices.Equal(ends, want) {
+		t.Errorf("by the journal the user's jobs ended\n%q, want\n%q:\n%s", ends, want, story)
 	}
 }

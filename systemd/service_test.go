@@ -150,8 +150,8 @@ version > /dev/null
 	}
 }
 
-// A stick is written under the unit, and unmounted by systemd before; the
-// journal tells of it.
+// A stick is written and booted under the unit, and unmounted by systemd before;
+// the journal tells of it.
 func TestWritesAStick(t *testing.T) {
 	kernel, config := need.Kernel(t)
 	loop := disk(t)
@@ -166,12 +166,28 @@ manager() { busctl --json=short call org.memlinux.Memlinux1 /org/memlinux/Memlin
 device=/org/memlinux/Memlinux1/devices/$(basename $disk)
 token=$(manager Plan 'oa{sv}' $device 0 | sed 's/.*"token":{"type":"s","data":"\([0-9a-f]*\)".*/\1/')
 bytes=$(printf /media/anna/a-stick | od -An -v -tu1)
-manager Write 'osa{sv}' $device $token 2 boot-test b false unmount aay 1 $(echo $bytes | wc -w) $bytes
-until_so eval 'memlinux jobs --json | grep -v running'
-memlinux jobs
+manager Write 'osa{sv}' $device $token 1 unmount aay 1 $(echo $bytes | wc -w) $bytes
+for i in {1..2400}; do memlinux jobs --json > job; grep -q '"state":"running"' job || break; sleep 0.1; done
+journalctl --boot -o cat > journal
 if grep a-stick /proc/mounts; then exit 1; fi
 journalctl -u memlinuxd -o json MEMLINUX_DEVICE=$(basename $disk) > story
 `})
+	var job struct {
+		State  string
+		Report struct {
+			Verified bool
+			Boots    []struct {
+				Firmware string
+				OK       bool
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(said["job"]), &job); err != nil || job.State != "succeeded" || !job.Report.Verified || len(job.Report.Boots) != 2 || !job.Report.Boots[0].OK || !job.Report.Boots[1].OK {
+		t.Errorf("the job (%v):\n%s\n%s", err, said["job"], said["journal"])
+	}
+	if n := strings.Count(said["journal"], "Started memlinux-qemu-"); n != 2 {
+		t.Errorf("%d services of QEMU were started:\n%s", n, said["journal"])
+	}
 	var phases []string
 	for line := range strings.Lines(said["story"]) {
 		var e map[string]any
@@ -186,7 +202,7 @@ journalctl -u memlinuxd -o json MEMLINUX_DEVICE=$(basename $disk) > story
 			t.Errorf("the journal says %v", e["MESSAGE"])
 		}
 	}
-	for _, want := range []string{"kernel", "initramfs", "image", "write", "read back"} {
+	for _, want := range []string{"kernel", "initramfs", "image", "write", "read back", "boot"} {
 		if !slices.Contains(phases, want) {
 			t.Errorf("the journal tells of the phases %q, and not of %s", phases, want)
 		}
