@@ -7,16 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"net/url"
 	"os"
 	"path"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/memlinux/memlinux/imagegen/cache"
 	"github.com/memlinux/memlinux/imagegen/debian"
+	"github.com/memlinux/memlinux/imagegen/download"
 	"github.com/memlinux/memlinux/imagegen/kbuild"
 	"github.com/memlinux/memlinux/imagegen/tarball"
 )
@@ -211,76 +210,25 @@ func (b *build) downloadURL(ctx context.Context, phase string, s SourceCode) (so
 	return openSource(file, name)
 }
 
-// stall is how long a server may send nothing.
-const stall = time.Minute
-
 // get fetches what is at address into the cache; nil where the server says that
 // what known describes is still right, else known is brought up to date.
-func (b *build) get(ctx context.Context, phase, address string, limit int64, known *downloaded) (_ *cache.Staged, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	silent := time.AfterFunc(stall, func() { cancel(fmt.Errorf("the server sent nothing for %v", stall)) })
-	defer silent.Stop()
-	defer func() {
-		if err != nil {
-			if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
-				err = cause
-			}
-			err = fmt.Errorf("fetch %s: %w", address, err)
+func (b *build) get(ctx context.Context, phase, address string, limit int64, known *downloaded) (staged *cache.Staged, err error) {
+	q := download.Request{URL: address, Limit: limit, ETag: known.ETag, LastModified: known.LastModified}
+	a, err := download.Get(ctx, q, func(a download.Answer, body io.Reader) error {
+		if staged, err = b.store.Stage(); err != nil {
+			return err
 		}
-	}()
-	q, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
-	if err != nil {
-		return nil, err
-	}
-	if known.ETag != "" {
-		q.Header.Set("If-None-Match", known.ETag)
-	}
-	if known.LastModified != "" {
-		q.Header.Set("If-Modified-Since", known.LastModified)
-	}
-	client := http.Client{CheckRedirect: func(next *http.Request, via []*http.Request) error {
-		if len(via) > 10 {
-			return errors.New("it leads on and on")
-		}
-		if via[0].URL.Scheme == "https" && next.URL.Scheme != "https" {
-			return fmt.Errorf("it leads to %s, which is not encrypted", next.URL)
-		}
-		return nil
-	}}
-	a, err := client.Do(q)
-	if err != nil {
-		var u *url.Error
-		if errors.As(err, &u) {
-			err = u.Err // the address is said already
-		}
-		return nil, err
-	}
-	defer a.Body.Close()
-	switch {
-	case a.StatusCode == http.StatusNotModified && known.SHA256 != "":
-		return nil, nil
-	case a.StatusCode != http.StatusOK:
-		return nil, fmt.Errorf("the server answers %s", a.Status)
-	case a.ContentLength > limit:
-		return nil, fmt.Errorf("it has %d MiB, and no more than %d are taken", a.ContentLength>>20, limit>>20)
-	}
-	staged, err := b.store.Stage()
-	if err != nil {
-		return nil, err
-	}
-	err = staged.Fill(ctx, io.LimitReader(a.Body, limit+1), func(done int64) {
-		silent.Reset(stall)
-		b.progress(phase, done, max(a.ContentLength, 0))
+		return staged.Fill(ctx, body, func(done int64) { b.progress(phase, done, a.Size) })
 	})
-	if err == nil && staged.Size() > limit {
-		err = fmt.Errorf("no more than %d MiB are taken", limit>>20)
-	}
 	if err != nil {
-		staged.Discard()
+		if staged != nil {
+			staged.Discard()
+		}
 		return nil, err
 	}
-	known.ETag, known.LastModified = a.Header.Get("ETag"), a.Header.Get("Last-Modified")
+	if !a.Unchanged {
+		known.ETag, known.LastModified = a.ETag, a.LastModified
+	}
 	return staged, nil
 }
 

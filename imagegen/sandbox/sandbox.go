@@ -2,7 +2,7 @@
 // wrote, so that they can harm nothing but the folder they work in.
 //
 // As root, a program runs as the user _memlinux or nobody, gains no privileges by
-// setuid files, has no network, and sees and signals no process but its own;
+// setuid files, has no network unless it asks for it, and sees and signals no process but its own;
 // killing it kills all that it started, and so does the end of this process.
 // Elsewhere it runs as who we are, in a process group of its own, and what it
 // started may outlive this process. Always it is bounded in time, processes and
@@ -33,7 +33,8 @@ import (
 // Command is a program to run.
 type Command struct {
 	// Argv is the program and its arguments. A program without a slash is looked
-	// up in /usr/sbin, /usr/bin, /sbin and /bin.
+	// up in /usr/sbin, /usr/bin, /sbin and /bin. Self is this program once more,
+	// which finds its task in the next argument.
 	Argv []string
 	// Dir is the absolute path of the folder it runs in, which its user must be
 	// able to reach; see Give.
@@ -52,7 +53,12 @@ type Command struct {
 	Output io.Writer
 	// Limit is the longest that it may run, in wall time; it must be set.
 	Limit time.Duration
+	// Network says that it may reach other machines.
+	Network bool
 }
+
+// Self is the path of the program that runs, also of one that was replaced.
+const Self = "/proc/self/exe"
 
 // MissingError is a program that is not installed.
 type MissingError struct {
@@ -145,6 +151,9 @@ func Run(ctx context.Context, c Command) error {
 		return err
 	}
 	name := filepath.Base(path)
+	if path == Self && len(c.Argv) > 1 {
+		name = c.Argv[1]
+	}
 	uid, gid, err := unprivileged()
 	if err != nil {
 		return err
@@ -185,7 +194,7 @@ func Run(ctx context.Context, c Command) error {
 		}
 	}
 	if launch != nil {
-		needs := Needs{Limit: c.Limit, Folders: c.Folders}
+		needs := Needs{Limit: c.Limit, Folders: c.Folders, Network: c.Network}
 		if c.Dir != "" && needs.Folders == nil {
 			needs.Folders = []string{c.Dir}
 		}
@@ -201,7 +210,7 @@ func Run(ctx context.Context, c Command) error {
 			err = notStarted{err}
 		}
 	} else {
-		err = child(cmd, uid, gid, feed)
+		err = child(cmd, uid, gid, c.Network, feed)
 	}
 	var limit *LimitError
 	var start notStarted
@@ -226,7 +235,7 @@ type notStarted struct{ err error }
 func (e notStarted) Error() string { return e.err.Error() }
 
 // child runs cmd as a child, calls feed when it has its files, and waits for it.
-func child(cmd *exec.Cmd, uid, gid int, feed func()) error {
+func child(cmd *exec.Cmd, uid, gid int, network bool, feed func()) error {
 	complaint, complaints, err := os.Pipe()
 	if err != nil {
 		feed()
@@ -235,10 +244,13 @@ func child(cmd *exec.Cmd, uid, gid int, feed func()) error {
 	defer complaint.Close()
 	// This program again, which turns into the other; see become.
 	cmd.Args = append([]string{becomeName, strconv.Itoa(uid), strconv.Itoa(gid), cmd.Dir, cmd.Path}, cmd.Args...)
-	cmd.Path, cmd.Dir = "/proc/self/exe", "/"
+	cmd.Path, cmd.Dir = Self, "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if uid >= 0 {
 		cmd.SysProcAttr.Cloneflags = namespaces
+		if network {
+			cmd.SysProcAttr.Cloneflags &^= syscall.CLONE_NEWNET
+		}
 	}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = lastWords
