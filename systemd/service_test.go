@@ -167,7 +167,7 @@ device=/org/memlinux/Memlinux1/devices/$(basename $disk)
 token=$(manager Plan 'oa{sv}' $device 0 | sed 's/.*"token":{"type":"s","data":"\([0-9a-f]*\)".*/\1/')
 bytes=$(printf /media/anna/a-stick | od -An -v -tu1)
 manager Write 'osa{sv}' $device $token 1 unmount aay 1 $(echo $bytes | wc -w) $bytes
-for i in {1..2400}; do memlinux jobs --json > job; grep -q '"state":"running"' job || break; sleep 0.1; done
+for i in {1..400}; do memlinux jobs --json > job; grep -q '"state":"running"' job || break; sleep 0.5; done
 journalctl --boot -o cat > journal
 if grep a-stick /proc/mounts; then exit 1; fi
 journalctl -u memlinuxd -o json MEMLINUX_DEVICE=$(basename $disk) > story
@@ -202,7 +202,7 @@ journalctl -u memlinuxd -o json MEMLINUX_DEVICE=$(basename $disk) > story
 			t.Errorf("the journal says %v", e["MESSAGE"])
 		}
 	}
-	for _, want := range []string{"kernel", "initramfs", "image", "write", "read back", "boot"} {
+	for _, want := range []string{"kernel", "initramfs", "image", "write", "read back", "boot BIOS", "boot UEFI"} {
 		if !slices.Contains(phases, want) {
 			t.Errorf("the journal tells of the phases %q, and not of %s", phases, want)
 		}
