@@ -106,12 +106,12 @@ until_so() {
 		sleep 0.05
 	done
 }
-# A command of the user's on a terminal of its own, whose keyboard is
-# descriptor 3, and how it ends.
+# A command of the user's in a session and on a terminal of its own, whose
+# keyboard is descriptor 3, and how it ends.
 terminal() {
-	as anna script --quiet --flush --return --command "$1" /dev/null < /tmp/keys > $2 2>&1 &
+	exec 3<> /tmp/keys
+	su --login anna --command "loginctl show-session self --property=Name; script --quiet --flush --return --command '$1' /dev/null" < /tmp/keys > $2 2>&1 3>&- &
 	on_terminal=$!
-	exec 3> /tmp/keys
 }
 there() { kill -0 $on_terminal 2> /dev/null; }
 left_terminal() {
@@ -248,7 +248,7 @@ func inDebian(t *testing.T, deb string) {
 		"denied-write":   {"memlinux: not authorized: "},
 		"denied-install": {"memlinux: not authorized: "},
 		"denied-remove":  {"memlinux: not authorized: "},
-		"asked":          {"Authentication is required to overwrite the disk (" + stick + ")", "read back  the same, from the medium"},
+		"asked":          {"Name=anna\n", "Authentication is required to overwrite the disk (" + stick + ")", "read back  the same, from the medium"},
 		"written":        {"read back  the same, from the medium"},
 		"installed":      {"/boot/memlinux/vmlinuz-"},
 		"boot-installed": {"/boot/memlinux/vmlinuz-"},
