@@ -193,15 +193,18 @@ func groupOf(path string) string {
 	return strconv.FormatUint(uint64(sys.Gid), 10)
 }
 
-// lifetime is what makes the service end, whole and at once, with memlinuxd's,
-// whose unit owner is, and be forgotten when it has ended and we know how.
+// lifetime is what makes the service end, whole and at once, when memlinuxd's
+// has, whose unit owner is, and be forgotten when it has ended and we know how.
 func lifetime(owner string) []property {
 	return []property{
 		word("Type", "exec"),
 		{"CollectMode", "inactive-or-failed", ""},
 		{"AddRef", true, ""},
-		// Not After: one that still starts would be waited for.
 		{"BindsTo", []string{owner}, ""},
+		// What is started first is stopped last: memlinuxd cancels its jobs itself
+		// and is not told by their programs' deaths that it is to stop. It has started
+		// already, so that this delays nothing.
+		{"Before", []string{owner}, ""},
 		{"KillSignal", int32(unix.SIGKILL), "KillSignal=SIGKILL"},
 		{"TimeoutStopUSec", uint64(10e6), "TimeoutStopSec=10"},
 	}

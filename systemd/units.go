@@ -281,8 +281,11 @@ func (r *running) watch(ctx context.Context) {
 	}
 }
 
-// stop has it killed; watch sees when it is.
+// stop has it killed; watch sees when it is. While memlinuxd itself is stopped, the
+// job to stop it waits for that; but until there was a process, nothing but the
+// job keeps it from starting.
 func (r *running) stop() {
+	_ = r.units.manager().Call(managerInterface+".KillUnit", 0, r.name, "all", int32(syscall.SIGKILL)).Err
 	_ = r.units.manager().Call(managerInterface+".StopUnit", 0, r.name, "replace").Err
 }
 
@@ -293,11 +296,6 @@ func (r *running) look() (over bool, err error) {
 	if object.Call(propsInterface+".GetAll", 0, unitInterface).Store(&unit) != nil {
 		return true, &ExitError{Unit: r.name}
 	}
-	// A job that waits will start or stop it yet.
-	job, _ := unit["Job"].Value().([]any)
-	if len(job) == 2 && job[0] != uint32(0) {
-		return false, nil
-	}
 	switch unit["ActiveState"].Value() {
 	case "inactive", "failed":
 	default:
@@ -305,6 +303,12 @@ func (r *running) look() (over bool, err error) {
 	}
 	if unit["LoadState"].Value() != "loaded" || object.Call(propsInterface+".GetAll", 0, serviceInterface).Store(&service) != nil {
 		return true, &ExitError{Unit: r.name}
+	}
+	// A job that waits will start it yet. If it ran already, it is one to stop it.
+	job, _ := unit["Job"].Value().([]any)
+	started, _ := service["ExecMainStartTimestampMonotonic"].Value().(uint64)
+	if len(job) == 2 && job[0] != uint32(0) && started == 0 {
+		return false, nil
 	}
 	result, _ := service["Result"].Value().(string)
 	status, _ := service["ExecMainStatus"].Value().(int32)

@@ -12,8 +12,9 @@ import (
 )
 
 // What memlinuxd's own service may not do, its machinery does in services of its
-// own: apt fetches a kernel, GRUB is made, and virtual machines boot the stick.
-// Cancelled, or when memlinuxd is killed, nothing of it stays.
+// own: apt fetches a kernel, source comes by http, GRUB is made, and virtual
+// machines boot the stick. Cancelled, or when memlinuxd is stopped or killed,
+// nothing of it stays; and what is stopped is cancelled, not failed.
 func TestMachineryOfAService(t *testing.T) {
 	need.Root(t)
 	image, _ := need.Kernel(t)
@@ -38,6 +39,12 @@ func TestMachineryOfAService(t *testing.T) {
 		Script: machinery,
 	})
 	t.Log(files["said"])
+	if got, _, _ := strings.Cut(files["digest"], " "); len(got) != 64 || !strings.Contains(files["refused"], "x.tar has the SHA-256 "+got) {
+		t.Errorf("a download with the digest %s: %s", got, files["refused"])
+	}
+	if got := files["stopped"]; !strings.HasPrefix(got, "memlinux: cancelled during boot BIOS") || !strings.HasSuffix(got, "\n130\n") {
+		t.Errorf("memlinuxd was stopped: %q", got)
+	}
 	for _, name := range []string{"cancelled", "killed"} {
 		if files[name] != "" {
 			t.Errorf("%s, what is left: %s", name, files[name])
@@ -55,19 +62,6 @@ func TestMachineryOfAService(t *testing.T) {
 }
 
 const machinery = `
-mkdir -p /run/systemd/system/memlinuxd.service.d
-cat > /run/systemd/system/memlinuxd.service.d/hard.conf <<'END'
-[Service]
-ProtectSystem=strict
-PrivateTmp=yes
-PrivateNetwork=yes
-RestrictNamespaces=yes
-MemoryDenyWriteExecute=yes
-NoNewPrivileges=yes
-CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_DAC_READ_SEARCH CAP_DAC_OVERRIDE CAP_LINUX_IMMUTABLE
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-END
 systemctl daemon-reload
 systemctl reload dbus
 systemctl start memlinuxd
@@ -85,6 +79,14 @@ memlinux build --kernel debian:linux-image-test --modules none -o /srv/out
 ls /srv/out > fetched
 test -z "$(ls -A /var/lib/apt/lists)" # which are not ours
 
+# By http, of an address that memlinuxd itself does not reach. What came is told by
+# its digest.
+mkdir /srv/www
+head -c 3000000 /dev/urandom > /srv/www/x.tar
+busybox httpd -p 127.0.0.1:8080 -h /srv/www
+memlinux build --kernel source:http://127.0.0.1:8080/x.tar --kernel-sha256 $(printf '%064d' 0) -o /srv/none 2> refused && false || echo $? >> refused
+sha256sum < /srv/www/x.tar > digest
+
 # What runs of the services, besides memlinuxd, and the virtual machine.
 running() { systemctl list-units --plain --no-legend --all 'memlinux-*'; grep -lsx 'qemu-system-x86' /proc/[0-9]*/comm || :; }
 guest() { for i in {1..1200}; do running | grep -q qemu-system && return; running | grep -q 'memlinux-qemu.*running' && grep -qsx qemu-system-x86 /proc/[0-9]*/comm && return; sleep 0.1; done; return 1; }
@@ -95,6 +97,13 @@ kill -INT $pid
 wait $pid && false || test $? = 130
 running > cancelled
 systemctl is-active memlinuxd
+
+memlinux write --yes --kernel /srv/out/vmlinuz --modules none /srv/stick3.img 2> stopped & pid=$!
+guest
+systemctl stop memlinuxd
+wait $pid && false || echo $? >> stopped
+running >> stopped
+systemctl start memlinuxd
 
 memlinux write --yes --kernel /srv/out/vmlinuz --modules none /srv/stick2.img & pid=$!
 guest
