@@ -15,35 +15,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/memlinux/memlinux/debian/debtest"
 	"github.com/memlinux/memlinux/media/mediatest"
 	"github.com/memlinux/memlinux/testvm/need"
 	"github.com/memlinux/memlinux/testvm/nspawn"
 	"github.com/memlinux/memlinux/testvm/pc"
 )
-
-// build makes the package and returns its path.
-func build(t *testing.T) string {
-	t.Helper()
-	need.Root(t)
-	need.Tool(t, "dpkg-buildpackage", "dpkg-dev")
-	need.Tool(t, "dh", "debhelper")
-	dir := t.TempDir()
-	cmd := exec.Command("make", "-C", "..", "--no-print-directory", "deb", "debdir="+dir)
-	// What is on the test's way must not be on the package's: flags of make,
-	// this run's GOFLAGS.
-	cmd.Env = slices.DeleteFunc(os.Environ(), func(e string) bool {
-		name, _, _ := strings.Cut(e, "=")
-		return strings.HasPrefix(name, "MAKE") || name == "MFLAGS" || name == "SOURCE_DATE_EPOCH" || name == "VERSION"
-	})
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("make deb: %v\n%s", err, out)
-	}
-	found, _ := filepath.Glob(filepath.Join(dir, "memlinux_*.deb")) // the pattern is right
-	if len(found) != 1 {
-		t.Fatalf("make deb left %q", found)
-	}
-	return found[0]
-}
 
 // The package asks for what the Makefile says that memlinux needs.
 func TestDependencies(t *testing.T) {
@@ -73,7 +50,7 @@ func TestDependencies(t *testing.T) {
 }
 
 func TestPackage(t *testing.T) {
-	deb := build(t)
+	deb := debtest.Build(t, "..", t.TempDir())
 	t.Run("lintian", func(t *testing.T) {
 		t.Parallel()
 		out, err := exec.Command(need.Tool(t, "lintian", "lintian"), "--allow-root", "--fail-on", "error,warning", deb).CombinedOutput()
