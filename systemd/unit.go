@@ -134,7 +134,10 @@ func (u Unit) confinement() []property {
 	switch {
 	case u.GiveAway:
 	case u.User == 0:
-		p = append(p, yes("DynamicUser"), yes("PrivateUsers"))
+		p = append(p, yes("DynamicUser"))
+		if userNamespaces() {
+			p = append(p, yes("PrivateUsers"))
+		}
 	default:
 		// make gives each program that it starts the user that it has already
 		// (posix_spawn(3), POSIX_SPAWN_RESETIDS), and takes no for an error.
@@ -178,6 +181,14 @@ func (u Unit) confinement() []property {
 		p = append(p, property{"BindPaths", []bindPath{{folder, folder, false, everything}}, "BindPaths=" + folder})
 	}
 	return p
+}
+
+// userNamespaces reports whether there can be any, which PrivateUsers insists on: a
+// kernel may be made without (CONFIG_USER_NS), and some administrators allow none
+// (namespaces(7), /proc/sys/user).
+func userNamespaces() bool {
+	most, err := os.ReadFile("/proc/sys/user/max_user_namespaces")
+	return err == nil && strings.TrimSpace(string(most)) != "0"
 }
 
 // groupOf is the number of the group that may read and write the file, or "".
