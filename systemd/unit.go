@@ -99,7 +99,6 @@ func (u Unit) confinement() []property {
 		word("KeyringMode", "private"),
 		yes("LockPersonality"),
 		yes("NoNewPrivileges"),
-		yes("PrivateIPC"),
 		yes("PrivateMounts"),
 		yes("PrivateTmp"),
 		word("ProcSubset", "pid"),
@@ -124,6 +123,9 @@ func (u Unit) confinement() []property {
 		number("LimitCORE", 0),
 		number("LimitNOFILE", 8192),
 		number("TasksMax", 4096),
+	}
+	if messageQueues() {
+		p = append(p, yes("PrivateIPC"))
 	}
 	if u.GiveAway {
 		p = append(p, property{"CapabilityBoundingSet", uint64(1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_READ_SEARCH), "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_READ_SEARCH"},
@@ -185,10 +187,18 @@ func (u Unit) confinement() []property {
 
 // userNamespaces reports whether there can be any, which PrivateUsers insists on: a
 // kernel may be made without (CONFIG_USER_NS), and some administrators allow none
-// (namespaces(7), /proc/sys/user).
+// (namespaces(7), "The /proc/sys/user directory").
 func userNamespaces() bool {
-	most, err := os.ReadFile("/proc/sys/user/max_user_namespaces")
+	_, err := os.Stat("/proc/self/ns/user")
+	most, _ := os.ReadFile("/proc/sys/user/max_user_namespaces")
 	return err == nil && strings.TrimSpace(string(most)) != "0"
+}
+
+// messageQueues reports whether the kernel has POSIX's, which PrivateIPC mounts
+// (CONFIG_POSIX_MQUEUE).
+func messageQueues() bool {
+	kinds, err := os.ReadFile("/proc/filesystems")
+	return err == nil && strings.Contains(string(kinds), "\tmqueue\n")
 }
 
 // groupOf is the number of the group that may read and write the file, or "".
