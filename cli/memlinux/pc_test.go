@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -16,6 +18,7 @@ import (
 // that of the in-memory system, removes.
 const (
 	listScript = `set -e
+anna() { runuser -u anna -- "$@"; }
 # Type, mode, owner, name and content of all that a boot loader reads, and the
 # variables that we could have set.
 list() {
@@ -25,31 +28,40 @@ list() {
 `
 	installScript = listScript + `
 list > before
-memlinux install --json --name 'On this PC' --next --no-boot-test --kernel host --append no_timer_check > report
+anna memlinux install --json --name 'On this PC' --next --no-boot-test --kernel host --append no_timer_check > report
 list > installed
-systemctl show -p ActiveState -p MainPID memlinuxd.service > service
-memlinux entries
-memlinux entries --json > entries
-memlinux install --name 'On this PC' --next --no-boot-test --kernel host --append no_timer_check > again
+systemctl show memlinuxd.service > service
+anna memlinux entries
+anna memlinux entries --json > entries
+anna memlinux install --name 'On this PC' --next --no-boot-test --kernel host --append no_timer_check > again
 sed -n 's/.*"id":"\([0-9a-f]*\)".*/\1/p' entries > /var/lib/pc/id
 `
 	removeScript = listScript + `
-memlinux entries --json > entries
-memlinux remove $(cat /var/lib/pc/id)
-memlinux entries --json > entries-after
+anna memlinux entries --json > entries
+anna memlinux remove $(cat /var/lib/pc/id)
+anna memlinux entries --json > entries-after
 list > after
 `
 )
 
+// anna may change the boot menu.
+const bootRule = `polkit.addRule(function (action, subject) {
+    if (action.id == "org.memlinux.memlinux1.change-boot-menu" && subject.user == "anna")
+        return polkit.Result.YES;
+});
+`
+
 // A whole PC, from its firmware to its Debian and back: memlinux, put there by
-// make install and started by the bus, adds its system to the boot menu for the
-// next boot; the PC's own loader boots it, once; and when it is removed
-// everything is as it was.
+// make install and started by the bus for a user whom polkit lets, adds its system
+// to the boot menu for the next boot; the PC's own loader boots it, once; and when
+// it is removed everything is as it was.
 func TestWholePC(t *testing.T) {
 	kernel, config := kbuildtest.Kernel(t)
-	installed := t.TempDir()
+	installed, rule := t.TempDir(), filepath.Join(t.TempDir(), "rule")
 	sh(t, need.Tool(t, "make", "make"), "--silent", "-C", "../..", "install", "DESTDIR="+installed)
-	busybox := need.File(t, "/bin/busybox", "busybox-static")
+	if err := os.WriteFile(rule, []byte(bootRule), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		name   string
 		spec   pc.Spec
@@ -63,7 +75,7 @@ func TestWholePC(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			s := c.spec
 			s.Kernel, s.Config, s.Tree = kernel, config, installed
-			s.Files = map[string]string{"usr/bin/busybox": busybox}
+			s.Files = map[string]string{"etc/polkit-1/rules.d/50-test.rules": rule}
 			m := pc.Start(t, pc.Build(t, s), pc.Guest{Boots: []string{installScript, removeScript}})
 
 			first := m.Boot(1)
@@ -74,8 +86,10 @@ func TestWholePC(t *testing.T) {
 			if !strings.Contains(first["before"], "/boot/vmlinuz-") || !strings.Contains(first["installed"], "/memlinux/vmlinuz-") {
 				t.Errorf("the boot files were\n%s\nand with the entry\n%s", first["before"], first["installed"])
 			}
-			if !strings.Contains(first["service"], "ActiveState=active") {
-				t.Errorf("memlinuxd did not run as a service: %s", first["service"])
+			for _, want := range []string{"ActiveState=active", "ProtectSystem=strict", "DevicePolicy=closed"} {
+				if !strings.Contains(first["service"], want+"\n") {
+					t.Errorf("memlinuxd did not run in its service with %s: %s", want, first["service"])
+				}
 			}
 			if !strings.Contains(first["again"], "nothing was changed") {
 				t.Errorf("a second install says\n%s", first["again"])

@@ -1,22 +1,26 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
+	"maps"
 	"os"
-	"os/exec"
-	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/debian/debtest"
 	"github.com/memlinux/memlinux/imagegen/kbuild/kbuildtest"
-	"github.com/memlinux/memlinux/testvm/need"
 	"github.com/memlinux/memlinux/testvm/pc"
 )
 
-// unplugScript writes a stick that is pulled out meanwhile and put in again.
+// unplugScript installs the package. Its ordinary user may not write a stick, and
+// then may; the stick is pulled out meanwhile and put in again. What it says goes on
+// the serial line.
 const unplugScript = `set -e
+anna() { runuser -u anna -- "$@"; }
 # The stick under the name that udev gives it, as soon as it does.
 stick() {
 	for i in {1..600}; do
@@ -27,15 +31,33 @@ stick() {
 	echo no stick came up
 	return 1
 }
+dpkg --install /root/memlinux.deb
+systemctl show --property=ActiveState --value memlinuxd.service > installed
 stick
-memlinux devices --json > plugged
+anna memlinux devices --json > plugged
+
+code=0
+anna memlinux write --yes --no-boot-test --kernel host "$link" < /dev/null > /dev/null 2> denied || code=$?
+echo $code > denied-code
+cmp --bytes=1048576 "$link" /dev/zero
+cat > /etc/polkit-1/rules.d/50-test.rules <<'END'
+polkit.addRule(function (action, subject) {
+    if (action.id == "org.memlinux.memlinux1.write-removable" && action.lookup("serial") == "MEMSTICK" && subject.user == "anna")
+        return polkit.Result.YES;
+});
+END
+systemctl restart polkit
+
 name=$(basename "$(readlink -f "$link")")
-memlinux write --json --yes --no-boot-test --kernel host "$link" > first 2> first-error &
+anna memlinux write --json --yes --no-boot-test --kernel host "$link" > first 2> first-error &
 job=$!
 until grep -q '"phase":"write".*"bytes":[1-9]' first; do
 	kill -0 $job
 	sleep 0.1
 done
+systemctl show memlinuxd.service > unit
+pid=$(systemctl show --property=MainPID --value memlinuxd.service)
+cat /proc/$pid/status > process
 echo pc: pull it out
 while [ -e /sys/block/$name ]; do sleep 0.05; done
 gone=$(date +%s%N)
@@ -43,22 +65,24 @@ code=0
 wait $job || code=$?
 echo $code > first-code
 echo $((($(date +%s%N) - gone) / 1000000)) > first-ms
-memlinux devices --json > unplugged
+anna memlinux devices --json > unplugged
 echo pc: put it in
 stick
-memlinux write --json --resume --no-boot-test > second
-memlinux devices --json > again
+anna memlinux write --json --resume --no-boot-test > second
+anna memlinux devices --json > again
+journalctl --sync
+journalctl --unit=memlinuxd --output=json --no-pager MEMLINUX_KIND=write > journal
+id --user anna > user
 `
 
-// A real USB stick, as far as a machine's kernel can tell, is pulled out while it
-// is written: that is told at once and in plain words. Put in again, the write is
-// gone on with, and the stick boots.
+// The package in a Debian with systemd, udev, polkit and a real USB stick, as far as
+// the machine's kernel can tell. An ordinary user may not write it, and may by an
+// administrator's rule. Pulled out while it is written, that is told at once and in
+// plain words. Put in again, the write is gone on with, and the stick boots. All of it
+// in the service that systemd confines.
 func TestUnplug(t *testing.T) {
 	w := newWorld(t)
 	kernel, config := kbuildtest.Kernel(t)
-	tree := t.TempDir()
-	sh(t, need.Tool(t, "make", "make"), "--silent", "-C", "../..", "install", "DESTDIR="+tree)
-	grubParts(t, tree)
 	image := w.path("stick.img")
 	if err := os.WriteFile(image, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -68,9 +92,8 @@ func TestUnplug(t *testing.T) {
 	}
 	// At first it needs half a minute for what is to be written.
 	stick := pc.Stick{Serial: "MEMSTICK", Image: image, Rate: 256 << 10}
-	disk := pc.Build(t, pc.Spec{Loader: pc.GRUB2BIOS, Kernel: kernel, Config: config, Tree: tree, Files: map[string]string{
-		"usr/bin/busybox":      need.File(t, "/bin/busybox", "busybox-static"),
-		"usr/bin/grub-mkimage": need.Tool(t, "grub-mkimage", "grub-common"),
+	disk := pc.Build(t, pc.Spec{Loader: pc.GRUB2BIOS, Kernel: kernel, Config: config, Files: map[string]string{
+		"root/memlinux.deb": debtest.Build(t, "../..", w.path("deb")),
 	}})
 	m := pc.Start(t, disk, pc.Guest{Boots: []string{unplugScript}, Sticks: []pc.Stick{stick}})
 	m.Expect("pc: pull it out")
@@ -81,6 +104,14 @@ func TestUnplug(t *testing.T) {
 	files := m.Boot(1)
 	m.Off()
 
+	if state := strings.TrimSpace(files["installed"]); state != "inactive" {
+		t.Errorf("after its installation the service is %s", state)
+	}
+	if code, says := strings.TrimSpace(files["denied-code"]), files["denied"]; code != "4" || !strings.HasPrefix(says, "memlinux: not authorized: ") || strings.Count(says, "\n") != 1 {
+		t.Errorf("without a rule: exit %s, want 4; it says %q", code, says)
+	}
+	confined(t, files)
+	journaled(t, files, stick.Serial)
 	if code := strings.TrimSpace(files["first-code"]); code != "1" {
 		t.Errorf("exit %s, want 1", code)
 	}
@@ -114,26 +145,49 @@ func TestUnplug(t *testing.T) {
 	c.ends(0)
 }
 
-// grubParts puts what memlinux needs of GRUB into a tree.
-func grubParts(t *testing.T, tree string) {
+// confined checks that the unit's limits were in force for memlinuxd when it wrote:
+// what systemd set, and what the kernel has of it. Its device filter needs
+// CONFIG_CGROUP_BPF, which this kernel lacks: debian's TestPackage has it.
+func confined(t *testing.T, files map[string]string) {
 	t.Helper()
-	for dir, pkg := range map[string]string{"/usr/lib/grub/i386-pc": "grub-pc-bin", "/usr/lib/grub/x86_64-efi": "grub-efi-amd64-bin"} {
-		need.File(t, filepath.Join(dir, "moddep.lst"), pkg)
-		if err := os.MkdirAll(filepath.Join(tree, dir), 0o755); err != nil {
-			t.Fatal(err)
+	for _, want := range []string{"ProtectSystem=strict", "DevicePolicy=closed", "PrivateNetwork=yes", "NoNewPrivileges=yes", "MemoryDenyWriteExecute=yes", "ActiveState=active", "UnitFileState=static"} {
+		if !strings.Contains("\n"+files["unit"], "\n"+want+"\n") {
+			t.Errorf("memlinuxd.service has not %s", want)
 		}
-		for _, pattern := range []string{"*.mod", "*.lst", "*.img"} {
-			files, err := filepath.Glob(filepath.Join(dir, pattern))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(files) == 0 {
-				continue
-			}
-			if out, err := exec.Command("cp", append(files, filepath.Join(tree, dir))...).CombinedOutput(); err != nil {
-				t.Fatalf("%v: %s", err, out)
-			}
+	}
+	for _, want := range []string{"NoNewPrivs:\t1\n", "Seccomp:\t2\n", "CapEff:\t0000000000280206\n"} {
+		if !strings.Contains(files["process"], want) {
+			t.Errorf("memlinuxd's process has not %q:\n%s", want, files["process"])
 		}
+	}
+}
+
+// journaled checks that the journal has the story of the two jobs.
+func journaled(t *testing.T, files map[string]string, serial string) {
+	t.Helper()
+	results, phases := map[string]string{}, map[string]bool{}
+	for line := range strings.Lines(files["journal"]) {
+		var e struct {
+			Job    string `json:"MEMLINUX_JOB"`
+			Device string `json:"MEMLINUX_DEVICE"`
+			Serial string `json:"MEMLINUX_SERIAL"`
+			User   string `json:"MEMLINUX_USER"`
+			Phase  string `json:"MEMLINUX_PHASE"`
+			Result string `json:"MEMLINUX_RESULT"`
+			Unit   string `json:"_SYSTEMD_UNIT"`
+		}
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		if e.Unit != "memlinuxd.service" || e.Serial != serial || e.User != strings.TrimSpace(files["user"]) || e.Job == "" || e.Device == "" {
+			t.Errorf("the journal has an entry with %+v", e)
+		}
+		phases[e.Phase] = true
+		results[e.Job] = cmp.Or(e.Result, results[e.Job])
+	}
+	ends := slices.Sorted(maps.Values(results))
+	if !slices.Equal(ends, []string{api.StateFailed, api.StateSucceeded}) || !phases["write"] {
+		t.Errorf("by the journal the jobs' results are %q, and the phases %v:\n%s", ends, phases, files["journal"])
 	}
 }
 

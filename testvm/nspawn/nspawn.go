@@ -101,7 +101,7 @@ func Run(t testing.TB, d Debian) map[string]string {
 	t.Helper()
 	need.Root(t)
 	program := need.Tool(t, "systemd-nspawn", "systemd-container")
-	root := tree(t)
+	root := Tree(t)
 	dir := t.TempDir()
 	write(t, dir, "script", d.Script)
 	write(t, dir, "run", runner)
@@ -247,9 +247,11 @@ func removeGroups(t testing.TB, groups []string) {
 	}
 }
 
-// tree is the Debian's root, made by mmdebstrap and kept in need.Cache.
-func tree(t testing.TB) string {
+// Tree is the Debian's root, made by mmdebstrap and kept in need.Cache. It must
+// not be written.
+func Tree(t testing.TB) string {
 	t.Helper()
+	need.Root(t)
 	include := strings.Join(packages, ",")
 	dir := filepath.Join(need.Cache(t), fmt.Sprintf("nspawn-bookworm-%x", sha256.Sum256([]byte(include)))[:len("nspawn-bookworm-")+12])
 	mmdebstrap := need.Tool(t, "mmdebstrap", "mmdebstrap")

@@ -1,7 +1,9 @@
 package pc
 
 import (
+	"errors"
 	"os"
+	"os/exec"
 	"testing"
 )
 
@@ -25,6 +27,7 @@ say "boot $n of the old system"
 cd /run/pc/out
 bash /run/pc/in/boot$n < /dev/null 2>&1 | tee /run/pc/said > /dev/ttyS0
 status=${PIPESTATUS[0]}
+[ $status = 0 ] || journalctl --boot --no-pager --output=cat --lines=100 > /dev/ttyS0
 cp /run/pc/said said
 echo $status > status
 tar -cf /dev/virtio-ports/out$n .
@@ -47,17 +50,29 @@ ExecStart=/usr/lib/pc/run
 KillMode=process
 `
 
-// debian unpacks a Debian that runs the scripts of [Guest] as it is up.
-func debian(t testing.TB, root, tar string) {
+// debian copies a Debian that runs the scripts of [Guest] as it is up.
+func debian(t testing.TB, root, from string) {
 	t.Helper()
 	if err := os.Mkdir(root, 0o755); err != nil { //nolint:gosec // a root is for all to read
 		t.Fatal(err)
 	}
-	argv := []string{"tar", "-x", "--numeric-owner", "-C", root, "-f", tar, "--anchored"}
-	for _, what := range []string{"dev/*", "boot/*", "usr/share/doc/*", "usr/share/man/*", "usr/share/locale/*", "usr/share/zoneinfo/*", "var/lib/apt/lists/*"} {
-		argv = append(argv, "--exclude", "./"+what)
+	argv := []string{"--create", "--numeric-owner", "--directory=" + from, "--anchored"}
+	for _, what := range []string{"dev/*", "boot/*", "usr/share/doc/*", "usr/share/man/*", "usr/share/locale/*", "usr/share/zoneinfo/*", "var/cache/apt/*", "var/lib/apt/lists/*"} {
+		argv = append(argv, "--exclude=./"+what)
 	}
-	run(t, nil, argv...)
+	pack := exec.CommandContext(t.Context(), "tar", append(argv, ".")...)
+	unpack := exec.CommandContext(t.Context(), "tar", "--extract", "--numeric-owner", "--directory="+root)
+	pipe, err := pack.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	unpack.Stdin, pack.Stderr, unpack.Stderr = pipe, t.Output(), t.Output()
+	if err := unpack.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(pack.Run(), unpack.Wait()); err != nil {
+		t.Fatalf("copy the Debian: %v", err)
+	}
 	tr := openTree(t, root)
 	defer tr.close()
 	tr.write("usr/lib/pc/run", runner, 0o755)

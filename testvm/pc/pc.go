@@ -19,6 +19,7 @@ import (
 	"testing"
 
 	"github.com/memlinux/memlinux/testvm/need"
+	"github.com/memlinux/memlinux/testvm/nspawn"
 )
 
 // Loader is the boot loader of a PC.
@@ -85,14 +86,15 @@ type PC struct {
 	console   string // words of the kernel's command line
 }
 
-// Build makes a PC with Debian in which [Start] runs scripts. It needs root and
-// the network when Debian is not in need.Cache yet; some 10 s else.
+// Build makes a PC with the Debian of package nspawn, in which [Start] runs
+// scripts. It needs root and the network when that Debian is not in need.Cache yet;
+// some 10 s else.
 func Build(t testing.TB, s Spec) *PC {
 	t.Helper()
 	tools(t, s)
-	tar := DebianTar(t)
+	from := nspawn.Tree(t)
 	return assemble(t, s, sizes{root: 768, boot: 192, esp: 192}, func(root string) {
-		debian(t, root, tar)
+		debian(t, root, from)
 	})
 }
 
