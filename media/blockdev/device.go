@@ -4,13 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
-	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,7 +22,7 @@ func (s System) Devices(ctx context.Context) ([]Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	var devices []Device
+	var nodes []*node
 	for _, n := range v.nodes {
 		switch {
 		case n.hidden, n.partition, len(n.slaves) > 0,
@@ -34,13 +31,21 @@ func (s System) Devices(ctx context.Context) ([]Device, error) {
 			n.virtual && n.Major == 1: // /dev/ram
 			continue
 		}
-		devices = append(devices, v.device(n))
+		nodes = append(nodes, n)
 	}
-	slices.SortFunc(devices, func(a, b Device) int { return compareNames(a.Name, b.Name) })
-	for i := range devices {
-		if devices[i].Contents, err = v.contents(ctx, devices[i].Name); err != nil {
-			return nil, err
-		}
+	slices.SortFunc(nodes, func(a, b *node) int { return compareNames(a.Name, b.Name) })
+	devices := make([]Device, len(nodes))
+	// At once: one that does not answer holds up no other.
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(maxProbes)
+	for i, n := range nodes {
+		group.Go(func() (err error) {
+			devices[i], err = v.probed(ctx, n)
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, err
 	}
 	return devices, nil
 }
@@ -57,8 +62,17 @@ func (s System) Device(ctx context.Context, name string) (Device, error) {
 	if err != nil {
 		return Device{}, err
 	}
+	return v.probed(ctx, n)
+}
+
+// probed is the node's Device with its contents.
+func (v *survey) probed(ctx context.Context, n *node) (Device, error) {
+	contents, silent, err := v.contents(ctx, n.Name)
 	d := v.device(n)
-	d.Contents, err = v.contents(ctx, name)
+	d.Contents = contents
+	if r := v.silence(n); silent && !slices.Contains(d.Reasons, r) {
+		d.Reasons = append(d.Reasons, r)
+	}
 	return d, err
 }
 
@@ -76,73 +90,15 @@ func (v *survey) device(n *node) Device {
 	d.Backing = Clean(d.Backing)
 	d.mounted = len(v.mounts[n.Name]) > 0
 	d.Reasons = v.reasons(n)
+	if v.isSilent(n) {
+		d.Reasons = append(d.Reasons, v.silence(n))
+	}
 	if disk := v.nodes[n.disk]; n.partition && disk != nil {
 		d.LogicalBlockSize = disk.LogicalBlockSize
 		d.Transport, d.Removable, d.DiskSeq = disk.Transport, disk.Removable, disk.DiskSeq
 		d.Vendor, d.Model, d.Serial = disk.Vendor, disk.Model, disk.Serial
 	}
 	return d
-}
-
-// contents probes the disk and its partitions.
-func (v *survey) contents(ctx context.Context, name string) ([]Content, error) {
-	names := []string{name}
-	for _, up := range v.above[name] {
-		if u := v.nodes[up]; u != nil && u.partition && u.disk == name {
-			names = append(names, up)
-		}
-	}
-	var all []Content
-	for _, name := range names {
-		c := Content{Name: name, Size: v.nodes[name].Size}
-		path := filepath.Join(v.system.dev(), name)
-		if _, ok := nodeNumber(path); ok && c.Size > 0 {
-			if err := c.probe(ctx, path); err != nil {
-				return nil, fmt.Errorf("see what is on %s: %w", name, err)
-			}
-		}
-		all = append(all, c)
-	}
-	return all, nil
-}
-
-// probe asks libblkid, the library by which udev and mount know file systems
-// too. A device that does not answer within seconds is left unknown.
-func (c *Content) probe(ctx context.Context, path string) error {
-	blkid, err := exec.LookPath("blkid")
-	if err != nil {
-		// An administrator's tool can be outside of PATH.
-		if blkid, err = exec.LookPath("/usr/sbin/blkid"); err != nil {
-			return errors.New("blkid is missing: install util-linux")
-		}
-	}
-	limited, stop := context.WithTimeout(ctx, 10*time.Second)
-	defer stop()
-	cmd := exec.CommandContext(limited, blkid, "-p", "-o", "export", path)
-	cmd.Env = []string{"LC_ALL=C"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	out, err := cmd.Output()
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	var exit *exec.ExitError
-	switch {
-	case err == nil:
-	case errors.As(err, &exit) && exit.ExitCode() == 8:
-		c.Type = "ambivalent" // blkid's word for several signatures at once
-		return nil
-	case errors.As(err, &exit): // 2: nothing known, or it could not be read
-		return nil
-	default:
-		return fmt.Errorf("run blkid: %w", err)
-	}
-	found := parseExport(string(out))
-	c.Type = Clean(orElse(found["TYPE"], found["PTTYPE"]))
-	c.Label = Clean(orElse(found["LABEL"], found["LABEL_FATBOOT"]))
-	c.UUID = Clean(orElse(found["UUID"], found["PTUUID"]))
-	c.PartLabel = Clean(found["PART_ENTRY_NAME"])
-	return nil
 }
 
 // nodeNumber is the device number of a block device's node.

@@ -57,6 +57,9 @@ func (s System) OpenRead(ctx context.Context, name string) (*os.File, Device, er
 	if n.partition {
 		return nil, Device{}, &RefusedError{name, []Reason{{Code: ReasonPartition, Text: fmt.Sprintf("%s is a partition: give the whole disk, %s", name, n.disk)}}}
 	}
+	if v.isSilent(n) { // whoever opened it would wait with the others
+		return nil, Device{}, &RefusedError{name, []Reason{v.silence(n)}}
+	}
 	f, err := s.open(n, unix.O_RDONLY)
 	if err != nil {
 		return nil, Device{}, err
