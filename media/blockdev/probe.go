@@ -189,7 +189,7 @@ func (c *Content) probe(ctx context.Context, path string, disk diskID) error {
 	if stop != nil {
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 		select {
-		case <-gone:
+		case <-gone: //nolint:errcheck // that it was killed
 		case <-time.After(deathTime):
 			turn.giveUp() // the kernel has it
 		}
