@@ -322,7 +322,9 @@ func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.Ob
 		}
 	case <-time.After(startGrace):
 		_ = c.conn.Close() // the daemon gives up what it does for us
-		<-started          // that it is closed
+		if err := <-started; err == nil {
+			return job, nil
+		}
 	}
 	return "", ctx.Err()
 }
