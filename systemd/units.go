@@ -301,14 +301,14 @@ func (r *running) look() (over bool, err error) {
 	default:
 		return false, nil
 	}
+	// A job that waits will start it yet; or it ran, and the job is to stop it.
+	job, _ := unit["Job"].Value().([]any)
+	began, _ := unit["InactiveExitTimestampMonotonic"].Value().(uint64)
+	if len(job) == 2 && job[0] != uint32(0) && began == 0 {
+		return false, nil
+	}
 	if unit["LoadState"].Value() != "loaded" || object.Call(propsInterface+".GetAll", 0, serviceInterface).Store(&service) != nil {
 		return true, &ExitError{Unit: r.name}
-	}
-	// A job that waits will start it yet. If it ran already, it is one to stop it.
-	job, _ := unit["Job"].Value().([]any)
-	started, _ := service["ExecMainStartTimestampMonotonic"].Value().(uint64)
-	if len(job) == 2 && job[0] != uint32(0) && started == 0 {
-		return false, nil
 	}
 	result, _ := service["Result"].Value().(string)
 	status, _ := service["ExecMainStatus"].Value().(int32)
