@@ -54,11 +54,20 @@ func run(t *testing.T, name string, args ...string) {
 	}
 }
 
-// undo runs a command when the test ends.
+// undo runs a command when the test ends; for some seconds again and again, since
+// other tests look at all disks and may just have this one open.
 func undo(t *testing.T, name string, args ...string) {
 	t.Cleanup(func() {
-		if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
-			t.Errorf("%s %v: %v: %s", name, args, err, out)
+		for tries := 0; ; tries++ {
+			out, err := exec.Command(name, args...).CombinedOutput()
+			if err == nil {
+				return
+			}
+			if tries == 50 {
+				t.Errorf("%s %v: %v: %s", name, args, err, out)
+				return
+			}
+			time.Sleep(100 * time.Millisecond)
 		}
 	})
 }

@@ -3,6 +3,7 @@ package blockdev
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -96,7 +97,8 @@ func TestDiskThatDoesNotAnswer(t *testing.T) {
 	}
 }
 
-// waiting counts the programs that were told the path.
+// waiting counts the programs of this test that were told the path: other tests
+// look at all disks, too.
 func waiting(t *testing.T, path string) (n int) {
 	t.Helper()
 	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -108,7 +110,9 @@ func waiting(t *testing.T, path string) (n int) {
 		argv := strings.Split(string(b), "\x00")
 		// What was killed and is still there has no arguments any more, but a name.
 		comm, _ := os.ReadFile(filepath.Join(filepath.Dir(name), "comm"))
-		if strings.TrimSpace(string(comm)) == "blkid" && (len(b) == 0 || slices.Contains(argv, path)) {
+		status, _ := os.ReadFile(filepath.Join(filepath.Dir(name), "status"))
+		ours := strings.Contains(string(status), fmt.Sprintf("\nPPid:\t%d\n", os.Getpid()))
+		if ours && strings.TrimSpace(string(comm)) == "blkid" && (len(b) == 0 || slices.Contains(argv, path)) {
 			n++
 		}
 	}
