@@ -133,7 +133,8 @@ func exitOf(t *testing.T, err error) int {
 }
 
 // onTerminal runs the command on a terminal of its own and types the answer when
-// it is asked for.
+// it is asked for. A line is typed again and again: what comes before the agent
+// has turned the echo off, it throws away.
 func onTerminal(t *testing.T, cmd *exec.Cmd, prompt, answer string) (shown bytes.Buffer, code int) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
@@ -161,15 +162,27 @@ func onTerminal(t *testing.T, cmd *exec.Cmd, prompt, answer string) (shown bytes
 	}
 	limit := time.AfterFunc(2*time.Minute, func() { cmd.Process.Kill() })
 	defer limit.Stop()
+	over := make(chan struct{})
+	defer close(over)
 	buf := make([]byte, 4096)
 	for {
 		n, err := master.Read(buf)
 		shown.Write(buf[:n])
 		if answer != "" && bytes.Contains(shown.Bytes(), []byte(prompt)) {
-			if _, err := master.WriteString(answer); err != nil {
-				t.Fatal(err)
-			}
+			line := answer
 			answer = ""
+			go func() {
+				for {
+					if _, err := master.WriteString(line); err != nil || !strings.HasSuffix(line, "\n") {
+						return
+					}
+					select {
+					case <-over:
+						return
+					case <-time.After(500 * time.Millisecond):
+					}
+				}
+			}()
 		}
 		if err != nil { // the last who had the terminal open is gone
 			break
