@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // Bus is a running dbus-daemon. Only its own user, and root, can connect.
@@ -71,13 +72,17 @@ func Start(ctx context.Context) (*Bus, error) {
 // prefix begins the names of the buses' folders.
 const prefix = "memlinux-bus-"
 
+// settleTime is how long after a folder was made its bus listens for sure: between
+// bind(2) and listen(2) its socket looks like one that was left.
+const settleTime = time.Minute
+
 // removeStale removes what buses left behind whose memlinuxd was killed: folders
 // of ours with a socket that nobody listens on.
 func removeStale() {
 	folders, _ := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*")) // the pattern is right
 	for _, dir := range folders {
 		info, err := os.Lstat(dir)
-		if err != nil || !info.IsDir() {
+		if err != nil || !info.IsDir() || time.Since(info.ModTime()) < settleTime {
 			continue
 		}
 		if stat, ok := info.Sys().(*syscall.Stat_t); !ok || int(stat.Uid) != os.Geteuid() {
