@@ -28,7 +28,7 @@ TEST_PACKAGES = $(OPTION_PACKAGES) $(DEB_PACKAGES) apt btrfs-progs cpio curl dos
 BENCH_PACKAGES = bmap-tools dracut-core initramfs-tools-core kmod
 
 # What make deb packs with.
-DEB_PACKAGES = debhelper dpkg-dev
+DEB_PACKAGES = build-essential debhelper dpkg-dev
 
 prefix ?= /usr
 bindir ?= $(prefix)/bin
