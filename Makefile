@@ -84,7 +84,7 @@ install: build manual
 	sed 's|@libexecdir@|$(libexecdir)|' systemd/org.memlinux.Memlinux1.service > $(DESTDIR)$(datadir)/dbus-1/system-services/org.memlinux.Memlinux1.service
 	install -D -m 0644 -t $(DESTDIR)$(datadir)/dbus-1/system.d systemd/org.memlinux.Memlinux1.conf
 	install -D -m 0644 systemd/memlinux.tmpfiles $(DESTDIR)$(tmpfilesdir)/memlinux.conf
-	$(if $(wildcard systemd/memlinux.sysusers),install -D -m 0644 systemd/memlinux.sysusers $(DESTDIR)$(sysusersdir)/memlinux.conf)
+	install -D -m 0644 systemd/memlinux.sysusers $(DESTDIR)$(sysusersdir)/memlinux.conf
 	install -D -m 0644 -t $(DESTDIR)$(datadir)/polkit-1/actions systemd/org.memlinux.memlinux1.policy
 	for n in 1 5 8; do install -D -m 0644 -t $(DESTDIR)$(datadir)/man/man$$n build/manual/man/*.$$n; done
 	install -D -m 0644 -t $(DESTDIR)$(datadir)/bash-completion/completions build/manual/bash/*
