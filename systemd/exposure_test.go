@@ -1,6 +1,7 @@
 package systemd
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -72,4 +73,16 @@ func TestExposureOfTheMachinery(t *testing.T) {
 			}
 		})
 	}
+}
+
+// unitFile is the properties as the section [Service] of a unit file.
+func unitFile(program string, properties []property) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "[Service]\nExecStart=%s\n", program)
+	for _, p := range properties {
+		if p.text != "" {
+			b.WriteString(p.text + "\n")
+		}
+	}
+	return b.String()
 }

@@ -1,7 +1,6 @@
 package systemd
 
 import (
-	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -229,18 +228,6 @@ func lifetime(owner string) []property {
 		{"KillSignal", int32(unix.SIGKILL), "KillSignal=SIGKILL"},
 		{"TimeoutStopUSec", uint64(10e6), "TimeoutStopSec=10"},
 	}
-}
-
-// unitFile is the properties as the section [Service] of a unit file.
-func unitFile(program string, properties []property) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "[Service]\nExecStart=%s\n", program)
-	for _, p := range properties {
-		if p.text != "" {
-			b.WriteString(p.text + "\n")
-		}
-	}
-	return b.String()
 }
 
 // dbusProperty is the argument of StartTransientUnit.
