@@ -34,12 +34,14 @@ type Server struct {
 	jobs    *jobs.Registry
 	devices *deviceList
 	entries *published[api.BootEntry]
-	guests  chan struct{}  // one place for each virtual machine that may run
-	looks   chan struct{}  // and for each look at a disk, which starts a program
-	units   *systemd.Units // nil where there is no systemd that runs us
 	opened  chan struct{}  // closed when calls may be answered
+	units   *systemd.Units // nil where there is no systemd that runs us
 	checks  singleflight.Group
 	ctx     context.Context
+
+	guests   chan struct{} // one place for each virtual machine that may run
+	consoles chan struct{} // and for each of them that is on the console of a user but root
+	looks    chan struct{} // one for each look at a disk, which starts a program
 
 	interruptions *interruptions
 	authority     Authority
@@ -62,11 +64,14 @@ const maxLooks = 4
 // takes a whole core, and a third on two cores runs into the time limits.
 const maxGuests = 2
 
+// maxConsoles leaves a place for proofs, which end by themselves.
+const maxConsoles = maxGuests - 1
+
 // Serve offers the service on the bus at address (the system bus where it is
 // empty) until ctx ends or the bus goes away. The authority decides who may do
 // what. ready is called when the name is ours. On return no job runs any more.
 func Serve(ctx context.Context, address string, authority Authority, c config.Config, version string, ready func() error, options ...Option) error {
-	s := &Server{version: version, guests: make(chan struct{}, maxGuests), looks: make(chan struct{}, maxLooks),
+	s := &Server{version: version, guests: make(chan struct{}, maxGuests), consoles: make(chan struct{}, maxConsoles), looks: make(chan struct{}, maxLooks),
 		opened: make(chan struct{}), ctx: ctx, authority: authority, gate: newGate(), refusals: make(chan *dbus.Message, maxRefusals), life: newLife()}
 	s.configuration.Store(&c)
 	for _, option := range options {

@@ -45,7 +45,7 @@ func (s *Server) generate(ctx context.Context, j *jobs.Job, r imagegen.Recipe) (
 // generator makes the systems of a job. Logs of compilations go where the job's
 // other reports are.
 func (s *Server) generator(j *jobs.Job) imagegen.Generator {
-	return imagegen.Generator{CacheDir: s.config().CacheDir, LogDir: s.stateDir("reports", j.ID()),
+	return imagegen.Generator{CacheDir: s.config().CacheDir, LogDir: s.reportDir(j.ID()), Owner: j.Snapshot().Owner,
 		Apt: debian.Apt{Dir: filepath.Join(s.config().CacheDir, "apt")}}
 }
 

@@ -61,25 +61,6 @@ func (s *Server) stateDir(parts ...string) string {
 	return filepath.Join(append([]string{s.config().StateDir}, parts...)...)
 }
 
-// keepReports is how many jobs' console logs and screenshots are kept.
-const keepReports = 50
-
-// dropOldReports removes the oldest: job IDs sort by time.
-func (s *Server) dropOldReports() {
-	entries, err := os.ReadDir(s.stateDir("reports"))
-	if err != nil || len(entries) <= keepReports {
-		return // none yet
-	}
-	for _, e := range entries[:len(entries)-keepReports] {
-		if _, known := s.jobs.Job(e.Name()); known {
-			continue
-		}
-		if err := os.RemoveAll(s.stateDir("reports", e.Name())); err != nil {
-			fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
-		}
-	}
-}
-
 func (s *Server) listJobs(c *call) ([]any, error) {
 	if err := c.options().end(); err != nil {
 		return nil, err
@@ -105,6 +86,9 @@ func (s *Server) cancelJob(c *call) ([]any, error) {
 	return nil, j.Cancel(c.ctx)
 }
 
+// userTime is how long a job may take whose owner is not root.
+const userTime = 24 * time.Hour
+
 // start begins a job that owns the files: they are closed when it has ended.
 func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.File, run jobs.Run) ([]any, error) {
 	s.life.begin()
@@ -112,17 +96,32 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 	j, err := s.jobs.Start(kind, c.uid, phases, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		defer closeAll(files)
 		defer s.story.began(ctx, j.Snapshot(), c.target)()
+		dir, err := s.makeReportDir(j.ID(), c.uid)
+		if err != nil {
+			return nil, err
+		}
+		defer os.Remove(dir) // where nothing came into it
+		tooLong := limitError("it ran for more than %s, which only root's jobs may", userTime)
+		if c.uid != 0 {
+			var done func()
+			ctx, done = context.WithTimeoutCause(ctx, userTime, tooLong)
+			defer done()
+		}
 		// Who needs the cache will say why, where it can't be used.
 		if done, err := cache.Use(s.config().CacheDir); err == nil {
 			defer func() {
 				done()
-				if err := cache.Trim(s.config().CacheDir, int64(s.config().CacheLimit)<<20); err != nil {
+				limit := int64(s.config().CacheLimit) << 20
+				if err := cache.Trim(s.config().CacheDir, limit, limit/2); err != nil {
 					fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
 				}
 			}()
 		}
 		report, err := run(ctx, j)
-		if err != nil {
+		switch {
+		case err != nil && errors.Is(context.Cause(ctx), tooLong):
+			err = tooLong
+		case err != nil:
 			err = contractError(err)
 		}
 		return report, err
@@ -516,10 +515,7 @@ func expect(m api.Manifest) testvm.Expect {
 // tryBoot boots the machine and adds the verdict to the report. It returns why
 // what is wanted is not proven, or ctx's error.
 func (s *Server) tryBoot(ctx context.Context, j *jobs.Job, report *api.Report, machine testvm.Machine, want testvm.Expect) (why string, err error) {
-	machine.Dir = s.stateDir("reports", j.ID())
-	if err := os.MkdirAll(machine.Dir, 0o755); err != nil { //nolint:gosec // whoever started the job may look at the console
-		return "", fmt.Errorf("keep the console: %w", err)
-	}
+	machine.Dir = s.reportDir(j.ID())
 	name := strings.ToUpper(string(machine.Firmware))
 	j.Begin(bootPhase(machine.Firmware))
 	v, err := s.boot(ctx, machine, want)

@@ -103,7 +103,8 @@ type Generator struct {
 	// Release is the running kernel's; "" to ask the running kernel.
 	Release string
 	Apt     debian.Apt
-	LogDir  string // where logs of compilations are kept, made when needed; "" for nowhere
+	LogDir  string // a folder where logs of compilations are kept; "" for nowhere
+	Owner   uint32 // the user whose share of the cache it counts in; root's is all
 }
 
 // Errors that say whose fault it is that nothing was made; the message has the
@@ -133,7 +134,7 @@ func (g Generator) Build(ctx context.Context, r Recipe, progress Progress) (*Sys
 	if err := r.Validate(); err != nil {
 		return nil, unfit{ErrRecipe, err}
 	}
-	store, err := cache.Open(g.CacheDir)
+	store, err := cache.Open(g.CacheDir, g.Owner)
 	if err != nil {
 		return nil, err
 	}

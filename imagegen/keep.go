@@ -23,7 +23,7 @@ func (g Generator) Keep(ctx context.Context, s *System) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	store, err := cache.Open(g.CacheDir)
+	store, err := cache.Open(g.CacheDir, g.Owner)
 	if err != nil {
 		return "", err
 	}
@@ -42,7 +42,7 @@ func (g Generator) Keep(ctx context.Context, s *System) (string, error) {
 // Load returns the system that Keep gave that digest for, without its warnings.
 // The error is ErrGone where a part of it is missing or damaged.
 func (g Generator) Load(ctx context.Context, sha256 string) (*System, error) {
-	store, err := cache.Open(g.CacheDir)
+	store, err := cache.Open(g.CacheDir, g.Owner)
 	if err != nil {
 		return nil, err
 	}

@@ -11,7 +11,7 @@ import (
 
 func testBuild(t *testing.T) *build {
 	t.Helper()
-	store, err := cache.Open(t.TempDir())
+	store, err := cache.Open(t.TempDir(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}

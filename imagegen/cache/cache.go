@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -32,18 +33,31 @@ type File struct {
 }
 
 // Store is a folder of files that are named by their content.
-type Store struct{ dir string }
+type Store struct {
+	dir   string
+	owner uint32
+}
 
 // tempLife is how long a leftover of a killed process stays. No build takes a
 // day, so nothing younger is ever taken from under a living one.
 const tempLife = 24 * time.Hour
 
+// folders of a store. A system holds what its recipe's author may read and others
+// may not, so only the store's owner reads; compilers, who are others, reach
+// theirs in tmp.
+var folders = map[string]fs.FileMode{"files": 0o700, "owners": 0o700, "records": 0o700, "tmp": 0o711}
+
 // Open makes the store's folder where it is missing and removes what processes
-// that were killed left behind more than a day ago.
-func Open(dir string) (*Store, error) {
-	s := &Store{dir: dir}
-	for _, d := range []string{"files", "records", "tmp"} {
-		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil { //nolint:gosec // kernels are no secret
+// that were killed left behind more than a day ago. The files that come in count
+// in the share of the user owner ([Trim]); 0 is root, who has no bound.
+func Open(dir string, owner uint32) (*Store, error) {
+	s := &Store{dir: dir, owner: owner}
+	for d, mode := range folders {
+		path := filepath.Join(dir, d)
+		if err := os.MkdirAll(path, mode); err != nil {
+			return nil, fmt.Errorf("open cache: %w", err)
+		}
+		if err := os.Chmod(path, mode); err != nil { // it may be an older version's
 			return nil, fmt.Errorf("open cache: %w", err)
 		}
 	}
@@ -177,7 +191,7 @@ func (st *Staged) Commit(ctx context.Context) (File, error) {
 	f := File{Path: filepath.Join(st.store.dir, "files", sha), Size: st.size, SHA256: sha}
 	// renameio wants the name before the first byte, but here the name is the
 	// digest of all of them; so: bytes durable, then the name, then the folder.
-	if err := errors.Join(st.f.Chmod(0o644), st.f.Sync()); err != nil {
+	if err := st.f.Sync(); err != nil {
 		return File{}, fmt.Errorf("commit to cache: %w", err)
 	}
 	if err := os.Rename(st.f.Name(), f.Path); err != nil {
@@ -188,6 +202,9 @@ func (st *Staged) Commit(ctx context.Context) (File, error) {
 		return File{}, fmt.Errorf("commit to cache: %w", err)
 	}
 	if err := syncDir(filepath.Dir(f.Path)); err != nil {
+		return File{}, fmt.Errorf("commit to cache: %w", err)
+	}
+	if err := st.store.charge(sha); err != nil {
 		return File{}, fmt.Errorf("commit to cache: %w", err)
 	}
 	return f, nil
@@ -233,7 +250,7 @@ func (s *Store) SetRecord(name string, v any) error {
 	if err != nil {
 		return fmt.Errorf("write record %s: %w", name, err)
 	}
-	err = renameio.WriteFile(s.record(name), append(b, '\n'), 0o644, renameio.WithTempDir(filepath.Join(s.dir, "tmp")))
+	err = renameio.WriteFile(s.record(name), append(b, '\n'), 0o600, renameio.WithTempDir(filepath.Join(s.dir, "tmp")))
 	if err != nil {
 		return fmt.Errorf("write record %s: %w", name, err)
 	}

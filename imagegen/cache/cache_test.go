@@ -14,7 +14,7 @@ import (
 
 func open(t *testing.T) *Store {
 	t.Helper()
-	s, err := Open(t.TempDir())
+	s, err := Open(t.TempDir(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,6 +61,30 @@ func TestStoreKeepsFilesByContent(t *testing.T) {
 	}
 	if n := leftovers(t, s); n != 0 {
 		t.Errorf("%d files stay in tmp", n)
+	}
+}
+
+// A system holds what its author may read and others may not.
+func TestStoreIsItsOwnersAlone(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"files", "records"} { // an older version's
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := Open(dir, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := put(t, s, "secret")
+	if err := s.SetRecord("r", f); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]fs.FileMode{f.Path: 0o600, filepath.Dir(f.Path): fs.ModeDir | 0o700,
+		s.record("r"): 0o600, filepath.Dir(s.record("r")): fs.ModeDir | 0o700, filepath.Join(dir, "tmp"): fs.ModeDir | 0o711} {
+		if st, err := os.Stat(path); err != nil || st.Mode() != want {
+			t.Errorf("%s: %v, %v, want %v", path, st.Mode(), err, want)
+		}
 	}
 }
 
@@ -120,7 +144,7 @@ func TestOpenRemovesOldLeftovers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := Open(s.dir); err != nil {
+	if _, err := Open(s.dir, 0); err != nil {
 		t.Fatal(err)
 	}
 	if n := leftovers(t, s); n != 1 {
@@ -133,7 +157,7 @@ func TestTwoWritersOfOneFile(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
-			other, err := Open(s.dir)
+			other, err := Open(s.dir, 0)
 			if err != nil {
 				t.Error(err)
 				return
