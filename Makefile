@@ -22,10 +22,10 @@ RUN_PACKAGES = busybox-static dbus-daemon grub-common grub-efi-amd64-bin grub-pc
 # time zone. memlinux names them when one is missing.
 OPTION_PACKAGES = bc binutils bison bzip2 ccache console-setup dpkg-dev flex gcc kbd libc6-dev libelf-dev m4 make patch perl tzdata xkb-data
 # What the tests hold it against.
-TEST_PACKAGES = $(OPTION_PACKAGES) $(DEB_PACKAGES) apt btrfs-progs cpio curl dosfstools e2fsprogs fdisk file gdisk git gnupg libcap2-bin libglib2.0-bin lintian \
+TEST_PACKAGES = $(OPTION_PACKAGES) $(DEB_PACKAGES) apt btrfs-progs cpio curl dosfstools e2fsprogs fdisk file gdisk git gnupg kmod libcap2-bin libglib2.0-bin lintian \
 	mmdebstrap mount mtools ncurses-bin openssl polkitd python3 qemu-utils shellcheck skopeo squashfs-tools strace systemd systemd-container umoci xfsprogs xorriso zstd
 # What only the benchmarks hold it against.
-BENCH_PACKAGES = bmap-tools dracut-core initramfs-tools-core kmod
+BENCH_PACKAGES = bmap-tools dracut-core initramfs-tools-core
 
 # What make deb packs with.
 DEB_PACKAGES = build-essential debhelper dpkg-dev

@@ -390,6 +390,61 @@ func TestPolkitDecides(t *testing.T) {
 		conn.Close()
 		awaitState(t, root, job, api.StateCancelled)
 	})
+	t.Run("a job's report is its owner's and root's", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "no stick")
+		if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		told := make(chan *dbus.Signal, 100)
+		nobody.Signal(told)
+		defer nobody.RemoveSignal(told)
+		if err := nobody.AddMatchSignal(dbus.WithMatchPathNamespace(api.ManagerPath)); err != nil {
+			t.Fatal(err)
+		}
+		var job dbus.ObjectPath
+		if err := invoke(games, api.ManagerPath, api.ManagerInterface+".VerifyFile", dbus.UnixFD(f.Fd()), map[string]dbus.Variant{api.OptBootTest: dbus.MakeVariant(false)}).Store(&job); err != nil {
+			t.Fatal(err)
+		}
+		awaitState(t, root, job, api.StateFailed)
+		for name, conn := range map[string]*dbus.Conn{"games": games, "root": root, "nobody": nobody} {
+			var one map[string]dbus.Variant
+			if err := invoke(conn, job, api.PropertiesInterface+".GetAll", api.JobInterface).Store(&one); err != nil {
+				t.Fatal(err)
+			}
+			var all map[dbus.ObjectPath]map[string]map[string]dbus.Variant
+			if err := invoke(conn, api.ManagerPath, api.ObjectManagerInterface+".GetManagedObjects").Store(&all); err != nil {
+				t.Fatal(err)
+			}
+			var result dbus.Variant
+			if err := invoke(conn, job, api.PropertiesInterface+".Get", api.JobInterface, "Result").Store(&result); err != nil {
+				t.Fatal(err)
+			}
+			for _, v := range []dbus.Variant{one["Result"], all[job][api.JobInterface]["Result"], result} {
+				got, _ := v.Value().(map[string]dbus.Variant)
+				if _, report := got[api.ResultReport]; report != (name != "nobody") || got[api.ResultError].Value() != api.ErrVerification {
+					t.Errorf("%s sees the result %v", name, got)
+				}
+			}
+		}
+		for {
+			select {
+			case s := <-told:
+				if strings.Contains(fmt.Sprint(s.Body...), "sector_size") {
+					t.Errorf("all are told %v", s)
+				}
+				if s.Path == job && s.Name == api.JobInterface+".Completed" {
+					return
+				}
+			case <-time.After(20 * time.Second):
+				t.Fatal("nobody is told of the job's end")
+			}
+		}
+	})
 	t.Run("a user may have so many jobs", func(t *testing.T) {
 		conn := dialAs(t, address, "games")
 		for range 4 {

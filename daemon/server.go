@@ -448,7 +448,7 @@ func (s *Server) resolve(path dbus.ObjectPath) (place, []string) {
 		return nowhere, nil
 	}
 	prefix := strings.TrimSuffix(string(path), "/") + "/"
-	objects := s.objects()
+	objects := s.objects(0)
 	for _, empty := range []dbus.ObjectPath{"devices", "entries", "jobs"} { // there even when they are
 		objects[api.ManagerPath+"/"+empty+"/"] = nil
 	}
@@ -466,8 +466,9 @@ func (s *Server) resolve(path dbus.ObjectPath) (place, []string) {
 	return here, children
 }
 
-// objects is everything on the bus: path, interface, properties.
-func (s *Server) objects() map[dbus.ObjectPath]map[string]api.Properties {
+// objects is everything on the bus, as the user may see it: path, interface,
+// properties.
+func (s *Server) objects(uid uint32) map[dbus.ObjectPath]map[string]api.Properties {
 	all := map[dbus.ObjectPath]map[string]api.Properties{
 		api.ManagerPath: {api.ManagerInterface: s.managerProperties()},
 	}
@@ -478,6 +479,9 @@ func (s *Server) objects() map[dbus.ObjectPath]map[string]api.Properties {
 		all[path] = map[string]api.Properties{api.EntryInterface: props}
 	}
 	for _, j := range s.jobs.Jobs() {
+		if uid != 0 && uid != j.Owner {
+			j = j.ForOthers()
+		}
 		all[api.JobPath(j.ID)] = map[string]api.Properties{api.JobInterface: j.Properties()}
 	}
 	return all
@@ -505,26 +509,26 @@ func (s *Server) machineID(*call) ([]any, error) {
 }
 
 // managedObjects leaves the manager itself out: it is the root that is asked.
-func (s *Server) managedObjects(*call) ([]any, error) {
-	all := s.objects()
+func (s *Server) managedObjects(c *call) ([]any, error) {
+	all := s.objects(c.uid)
 	delete(all, api.ManagerPath)
 	return []any{all}, nil
 }
 
-func (s *Server) propertiesOf(path dbus.ObjectPath, iface string) (api.Properties, error) {
-	if path == api.ManagerPath && iface == api.ManagerInterface {
+func (s *Server) propertiesOf(c *call, iface string) (api.Properties, error) {
+	if c.path == api.ManagerPath && iface == api.ManagerInterface {
 		return s.managerProperties(), nil
 	}
-	props, ok := s.objects()[path][iface]
+	props, ok := s.objects(c.uid)[c.path][iface]
 	if !ok {
-		return nil, dbus.NewError("org.freedesktop.DBus.Error.UnknownInterface", []any{fmt.Sprintf("%s has no properties of %q", path, iface)})
+		return nil, dbus.NewError("org.freedesktop.DBus.Error.UnknownInterface", []any{fmt.Sprintf("%s has no properties of %q", c.path, iface)})
 	}
 	return props, nil
 }
 
 func (s *Server) getProperty(c *call) ([]any, error) {
 	iface, name := c.args[0].(string), c.args[1].(string)
-	props, err := s.propertiesOf(c.path, iface)
+	props, err := s.propertiesOf(c, iface)
 	if err != nil {
 		return nil, err
 	}
@@ -536,7 +540,7 @@ func (s *Server) getProperty(c *call) ([]any, error) {
 }
 
 func (s *Server) getProperties(c *call) ([]any, error) {
-	props, err := s.propertiesOf(c.path, c.args[0].(string))
+	props, err := s.propertiesOf(c, c.args[0].(string))
 	if err != nil {
 		return nil, err
 	}
@@ -552,8 +556,9 @@ func (s *Server) emit(path dbus.ObjectPath, name string, values ...any) {
 	_ = s.conn.Emit(path, name, values...)
 }
 
-func (s *Server) emitChanged(path dbus.ObjectPath, iface string, changed api.Properties) {
-	s.emit(path, api.PropertiesInterface+".PropertiesChanged", iface, changed, []string{})
+// emitChanged tells what changed, and of what the new value must be asked for.
+func (s *Server) emitChanged(path dbus.ObjectPath, iface string, changed api.Properties, invalidated ...string) {
+	s.emit(path, api.PropertiesInterface+".PropertiesChanged", iface, changed, append([]string{}, invalidated...))
 }
 
 func (s *Server) emitAdded(path dbus.ObjectPath, iface string, props api.Properties) {
@@ -581,16 +586,16 @@ func (s *Server) JobChanged(j api.Job) {
 	s.story.phase(j)
 }
 
-// JobCompleted tells a job's end.
+// JobCompleted tells a job's end to all; its report is there for those who may ask.
 func (s *Server) JobCompleted(j api.Job) {
 	props := j.Properties()
 	changed := api.Properties{}
-	for _, key := range []string{"State", "Phase", "Progress", "Bytes", "Total", "Rate", "Unit", "Message", "Result"} {
+	for _, key := range []string{"State", "Phase", "Progress", "Bytes", "Total", "Rate", "Unit", "Message"} {
 		changed[key] = props[key]
 	}
 	path := api.JobPath(j.ID)
-	s.emitChanged(path, api.JobInterface, changed)
-	s.emit(path, api.JobInterface+".Completed", j.State == api.StateSucceeded, j.Message, j.Result())
+	s.emitChanged(path, api.JobInterface, changed, "Result")
+	s.emit(path, api.JobInterface+".Completed", j.State == api.StateSucceeded, j.Message, j.ForOthers().Result())
 	s.story.ended(j)
 	debug.FreeOSMemory() // a service that waits should be small
 	s.life.end()

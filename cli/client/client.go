@@ -347,7 +347,7 @@ func (c *Client) Follow(ctx context.Context, path dbus.ObjectPath, each func(api
 	each(job)
 	cancel := ctx.Done()
 	cancelled := make(chan error, 1)
-	for job.State == api.StateRunning {
+	for ended := job.State != api.StateRunning; !ended; {
 		select {
 		case <-cancel:
 			cancel = nil
@@ -364,20 +364,44 @@ func (c *Client) Follow(ctx context.Context, path dbus.ObjectPath, each func(api
 			if s.Name == "org.freedesktop.DBus.NameOwnerChanged" && len(s.Body) == 3 && s.Body[2] == "" {
 				return job, c.gone(job.Kind)
 			}
-			if s.Path != path || s.Name != api.PropertiesInterface+".PropertiesChanged" || len(s.Body) != 3 {
-				continue
-			}
-			changed, ok := s.Body[1].(map[string]dbus.Variant)
-			if !ok {
-				continue
-			}
-			if err := job.Update(changed); err != nil {
+			news, last := newsOf(s, path)
+			if err := job.Update(news); err != nil {
 				return job, err
 			}
-			each(job)
+			if ended = last; last {
+				// All hear of the end, and only some may have the report. A daemon that
+				// was stopped does not answer any more.
+				err := c.call(context.WithoutCancel(ctx), path, api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props)
+				switch {
+				case err == nil:
+					if err := job.Update(props); err != nil {
+						return job, err
+					}
+				case job.State == api.StateSucceeded:
+					return job, err
+				}
+			}
+			if news != nil {
+				each(job)
+			}
 		}
 	}
 	return job, nil
+}
+
+// newsOf is what the signal tells of the job at path, nil for nothing, and
+// whether it is its last.
+func newsOf(s *dbus.Signal, path dbus.ObjectPath) (news api.Properties, last bool) {
+	if s.Path != path || len(s.Body) != 3 {
+		return nil, false
+	}
+	switch s.Name {
+	case api.PropertiesInterface + ".PropertiesChanged":
+		news, _ = s.Body[1].(map[string]dbus.Variant)
+	case api.JobInterface + ".Completed":
+		news, last = api.Properties{"Result": dbus.MakeVariant(s.Body[2])}, true
+	}
+	return news, last
 }
 
 // privateDaemon is a memlinuxd with a bus of its own. It lives as long as its

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,15 +13,17 @@ import (
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/debian/debtest"
-	"github.com/memlinux/memlinux/imagegen/kbuild/kbuildtest"
+	"github.com/memlinux/memlinux/imagegen"
+	"github.com/memlinux/memlinux/testvm/need"
 	"github.com/memlinux/memlinux/testvm/pc"
 )
 
-// unplugScript installs the package. Its ordinary user may not write a stick, and
-// then may; the stick is pulled out meanwhile and put in again. What it says goes on
-// the serial line.
+// unplugScript installs the package, and has the service started on a PC that never
+// saw a stick. Its ordinary user may not write one, and then may; the stick is pulled
+// out meanwhile and put in again. What it says goes on the serial line.
 const unplugScript = `set -e
 anna() { runuser -u anna -- "$@"; }
+pid() { systemctl show --property=MainPID --value memlinuxd.service; }
 # The stick under the name that udev gives it, as soon as it does.
 stick() {
 	for i in {1..600}; do
@@ -33,8 +36,16 @@ stick() {
 }
 dpkg --install /root/memlinux.deb
 systemctl show --property=ActiveState --value memlinuxd.service > installed
+if grep ' sd$' /proc/devices; then
+	echo the driver of sticks was there before the service
+	exit 1
+fi
+anna memlinux devices --json > before
+pid > pid-before
+echo pc: put it in
 stick
 anna memlinux devices --json > plugged
+pid > pid-plugged
 
 code=0
 anna memlinux write --yes --no-boot-test --kernel host "$link" < /dev/null > /dev/null 2> denied || code=$?
@@ -56,8 +67,12 @@ until grep -q '"phase":"write".*"bytes":[1-9]' first; do
 	sleep 0.1
 done
 systemctl show memlinuxd.service > unit
-pid=$(systemctl show --property=MainPID --value memlinuxd.service)
-cat /proc/$pid/status > process
+cat /proc/$(pid)/status > process
+# Nothing in the service gets a device that its filter does not let through.
+inside() { bash -c 'echo $$ > /sys/fs/cgroup/system.slice/memlinuxd.service/cgroup.procs; exec 3< "$1"' bash "$1"; }
+inside "$link"
+true 3< /dev/loop-control
+if inside /dev/loop-control 2> filter; then exit 1; fi
 echo pc: pull it out
 while [ -e /sys/block/$name ]; do sleep 0.05; done
 gone=$(date +%s%N)
@@ -66,7 +81,7 @@ wait $job || code=$?
 echo $code > first-code
 echo $((($(date +%s%N) - gone) / 1000000)) > first-ms
 anna memlinux devices --json > unplugged
-echo pc: put it in
+echo pc: put it in again
 stick
 anna memlinux write --json --resume --no-boot-test > second
 anna memlinux devices --json > again
@@ -75,14 +90,14 @@ journalctl --unit=memlinuxd --output=json --no-pager MEMLINUX_KIND=write > journ
 id --user anna > user
 `
 
-// The package in a Debian with systemd, udev, polkit and a real USB stick, as far as
-// the machine's kernel can tell. An ordinary user may not write it, and may by an
-// administrator's rule. Pulled out while it is written, that is told at once and in
-// plain words. Put in again, the write is gone on with, and the stick boots. All of it
-// in the service that systemd confines.
+// The package in a Debian as PCs have it: its kernel with a module for each driver,
+// systemd, udev, polkit and a real USB stick, as far as that kernel can tell. The
+// service that systemd confines runs before there is a driver for sticks. An ordinary
+// user may not write one, and may by an administrator's rule. Pulled out while it is
+// written, that is told at once and in plain words. Put in again, the write is gone on
+// with, and the stick boots.
 func TestUnplug(t *testing.T) {
 	w := newWorld(t)
-	kernel, config := kbuildtest.Kernel(t)
 	image := w.path("stick.img")
 	if err := os.WriteFile(image, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -91,14 +106,15 @@ func TestUnplug(t *testing.T) {
 		t.Fatal(err)
 	}
 	// At first it needs half a minute for what is to be written.
-	stick := pc.Stick{Serial: "MEMSTICK", Image: image, Rate: 256 << 10}
-	disk := pc.Build(t, pc.Spec{Loader: pc.GRUB2BIOS, Kernel: kernel, Config: config, Files: map[string]string{
-		"root/memlinux.deb": debtest.Build(t, "../..", w.path("deb")),
-	}})
-	m := pc.Start(t, disk, pc.Guest{Boots: []string{unplugScript}, Sticks: []pc.Stick{stick}})
+	stick := pc.Stick{Serial: "MEMSTICK", Image: image, Rate: 256 << 10, Out: true}
+	s := debianPC(t)
+	s.Files["root/memlinux.deb"] = debtest.Build(t, "../..", w.path("deb"))
+	m := pc.Start(t, pc.Build(t, s), pc.Guest{NVMe: true, Boots: []string{unplugScript}, Sticks: []pc.Stick{stick}})
+	m.Expect("pc: put it in")
+	m.Plug(stick)
 	m.Expect("pc: pull it out")
 	m.Unplug(stick)
-	m.Expect("pc: put it in")
+	m.Expect("pc: put it in again")
 	stick.Rate = 0
 	m.Plug(stick)
 	files := m.Boot(1)
@@ -109,6 +125,9 @@ func TestUnplug(t *testing.T) {
 	}
 	if code, says := strings.TrimSpace(files["denied-code"]), files["denied"]; code != "4" || !strings.HasPrefix(says, "memlinux: not authorized: ") || strings.Count(says, "\n") != 1 {
 		t.Errorf("without a rule: exit %s, want 4; it says %q", code, says)
+	}
+	if files["pid-before"] != files["pid-plugged"] {
+		t.Errorf("the service was %s, and %s when the stick was there", files["pid-before"], files["pid-plugged"])
 	}
 	confined(t, files)
 	journaled(t, files, stick.Serial)
@@ -127,7 +146,7 @@ func TestUnplug(t *testing.T) {
 	if r := lastReport(t, files["first"]); r.Image == nil || r.Image.Fault != "unplugged" || r.Written || r.Target == nil || r.Target.Serial != stick.Serial {
 		t.Errorf("the report is of %+v", r)
 	}
-	for file, want := range map[string]bool{"plugged": true, "unplugged": false, "again": true} {
+	for file, want := range map[string]bool{"before": false, "plugged": true, "unplugged": false, "again": true} {
 		if got := strings.Contains(files[file], stick.Serial); got != want {
 			t.Errorf("%s: the stick is listed: %v\n%s", file, got, files[file])
 		}
@@ -145,9 +164,37 @@ func TestUnplug(t *testing.T) {
 	c.ends(0)
 }
 
+// debianPC is a PC with the kernel that Debian's have, its modules, and an initramfs
+// of ours that finds its disk.
+func debianPC(t *testing.T) pc.Spec {
+	t.Helper()
+	root := need.KernelOfPCs(t)
+	tree := t.TempDir()
+	modules, _ := filepath.Glob(filepath.Join(root, "lib/modules/*")) // the pattern is right
+	to := filepath.Join(tree, "usr/lib/modules", filepath.Base(modules[0]))
+	for _, sub := range []string{"kernel/arch", "kernel/crypto", "kernel/drivers", "kernel/fs", "kernel/lib", "modules.*"} {
+		sh(t, "sh", "-ec", `mkdir -p "$2"; cd "$1"; cp -a --parents $3 "$2"`, "sh", modules[0], to, sub)
+	}
+	// Four fifths of the bytes, for what this PC has not.
+	for _, other := range []string{"gpu", "infiniband", "isdn", "media", "net", "staging"} {
+		sh(t, "rm", "-rf", filepath.Join(to, "kernel/drivers", other))
+	}
+	busybox, err := os.Open(need.File(t, "/bin/busybox", "busybox-static"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer busybox.Close()
+	system, err := imagegen.Generator{CacheDir: need.Cache(t), Root: root}.Build(t.Context(), imagegen.Recipe{
+		Kernel: imagegen.KernelSource{Host: true}, Busybox: imagegen.BusyboxSource{File: busybox}, Modules: []string{"disk", "filesystems"}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pc.Spec{Loader: pc.GRUB2BIOS, Kernel: system.Kernel.Path, Config: filepath.Join(root, "boot/config-"+system.Manifest.Kernel.Release),
+		Initrd: system.Initramfs.Path, Tree: tree, Files: map[string]string{}}
+}
+
 // confined checks that the unit's limits were in force for memlinuxd when it wrote:
-// what systemd set, and what the kernel has of it. Its device filter needs
-// CONFIG_CGROUP_BPF, which this kernel lacks: debian's TestPackage has it.
+// what systemd set, and what the kernel has of it.
 func confined(t *testing.T, files map[string]string) {
 	t.Helper()
 	for _, want := range []string{"ProtectSystem=strict", "DevicePolicy=closed", "PrivateNetwork=yes", "NoNewPrivileges=yes", "MemoryDenyWriteExecute=yes", "ActiveState=active", "UnitFileState=static"} {
@@ -159,6 +206,9 @@ func confined(t *testing.T, files map[string]string) {
 		if !strings.Contains(files["process"], want) {
 			t.Errorf("memlinuxd's process has not %q:\n%s", want, files["process"])
 		}
+	}
+	if !strings.Contains(files["filter"], "Operation not permitted") {
+		t.Errorf("what runs in the service opens /dev/loop-control: %s", files["filter"])
 	}
 }
 

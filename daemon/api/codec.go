@@ -196,6 +196,13 @@ func (j Job) Properties() Properties {
 	}
 }
 
+// ForOthers is the job as those may see it who are neither its owner nor root:
+// without its report, which quotes boot files and says where logs lie.
+func (j Job) ForOthers() Job {
+	j.Report = nil
+	return j
+}
+
 // Result is the job's Result property: empty while it runs, afterwards its
 // report and the name of the error that ended it, where there are such.
 func (j Job) Result() Properties {

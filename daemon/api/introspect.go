@@ -158,7 +158,9 @@ const (
     <property name="Rate" type="t" access="read"/>
     <property name="Unit" type="s" access="read"/>
     <property name="Message" type="s" access="read"/>
-    <property name="Result" type="a{sv}" access="read"/>
+    <property name="Result" type="a{sv}" access="read">
+      <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="invalidates"/>
+    </property>
   </interface>
 `
 	introspectDevice = `  <interface name="org.memlinux.Memlinux1.Device">

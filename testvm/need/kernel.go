@@ -10,18 +10,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// kernelPackage is Debian's smallest kernel: serial console, NVMe and ext4 are
-// built in, USB and AHCI are not.
-const kernelPackage = "linux-image-cloud-amd64"
+// Debian's kernels, by their metapackages: the smallest, with serial console, NVMe
+// and ext4 built in, USB and AHCI left out; and that of PCs, with nearly all in
+// modules.
+const cloudKernel, pcKernel = "linux-image-cloud-amd64", "linux-image-amd64"
 
 // Kernel is a Linux kernel for virtual machines, Debian's cloud kernel out of
 // [Cache], and the file with its configuration. It is fetched by apt where it
 // is not there yet and all tests must run; else the test is skipped then.
 func Kernel(t testing.TB) (image, config string) {
 	t.Helper()
-	boot := filepath.Join(Cache(t), "kernel", "boot")
+	boot := filepath.Join(kernel(t, cloudKernel, "kernel"), "boot")
+	return one(boot, "vmlinuz-*"), one(boot, "config-*")
+}
+
+// KernelOfPCs is the folder, in [Cache], with the kernel that Debian's PCs have:
+// boot/ and lib/modules/, as its package has them, and what depmod adds. It is
+// fetched and the test skipped as with [Kernel].
+func KernelOfPCs(t testing.TB) (root string) {
+	t.Helper()
+	Tool(t, "depmod", "kmod")
+	return kernel(t, pcKernel, "kernel-of-pcs")
+}
+
+// kernel is the folder of that name, with what is in the package that pkg depends on.
+func kernel(t testing.TB, pkg, name string) string {
+	t.Helper()
+	dir := filepath.Join(Cache(t), name)
 	// Tests of several packages run at once.
-	lock, err := os.OpenFile(filepath.Join(Cache(t), "kernel.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	lock, err := os.OpenFile(dir+".lock", os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,17 +46,17 @@ func Kernel(t testing.TB) (image, config string) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
+	boot := filepath.Join(dir, "boot")
 	if one(boot, "vmlinuz-*") == "" {
 		if !All() {
-			unmet(t, "needs Debian's cloud kernel in %s; run make test", boot)
+			unmet(t, "needs Debian's %s in %s; run make test", pkg, dir)
 		}
-		fetch(t, filepath.Dir(boot))
+		fetch(t, pkg, dir)
 	}
-	image, config = one(boot, "vmlinuz-*"), one(boot, "config-*")
-	if image == "" || config == "" {
+	if one(boot, "vmlinuz-*") == "" || one(boot, "config-*") == "" {
 		t.Fatalf("%s has no kernel with its configuration; remove that folder", boot)
 	}
-	return image, config
+	return dir
 }
 
 func one(dir, pattern string) string {
@@ -51,7 +68,7 @@ func one(dir, pattern string) string {
 }
 
 // fetch unpacks the package that the kernel's metapackage depends on into dir.
-func fetch(t testing.TB, dir string) {
+func fetch(t testing.TB, meta, dir string) {
 	t.Helper()
 	run := func(in string, argv ...string) string {
 		cmd := exec.Command(argv[0], argv[1:]...)
@@ -65,7 +82,7 @@ func fetch(t testing.TB, dir string) {
 	tmp := t.TempDir()
 	pkg := ""
 	for range 2 {
-		for line := range strings.Lines(run(tmp, "apt-cache", "depends", "--important", kernelPackage)) {
+		for line := range strings.Lines(run(tmp, "apt-cache", "depends", "--important", meta)) {
 			if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: linux-image-"); ok {
 				pkg = "linux-image-" + name
 			}
@@ -80,5 +97,8 @@ func fetch(t testing.TB, dir string) {
 	part := dir + ".part"
 	run(tmp, "rm", "-rf", part)
 	run(tmp, "dpkg-deb", "-x", one(tmp, "*.deb"), part)
+	if meta == pcKernel {
+		run(tmp, "depmod", "-b", part, filepath.Base(one(filepath.Join(part, "lib/modules"), "*")))
+	}
 	run(tmp, "mv", part, dir)
 }

@@ -58,8 +58,11 @@ func (p *PC) grubLinux() string {
 			"\tsearch --no-floppy --fs-uuid --set=root " + part.UUID,
 			"\techo\t'Loading Linux " + p.Release + " ...'",
 			"\tlinux\t" + p.bootPath("vmlinuz-"+p.Release) + " " + p.append() + more,
-			"}",
 		}
+		if p.initrd {
+			lines = append(lines, "\techo\t'Loading initial ramdisk ...'", "\tinitrd\t"+p.bootPath("initrd.img-"+p.Release))
+		}
+		lines = append(lines, "}")
 		return indent + strings.Join(lines, "\n"+indent) + "\n"
 	}
 	return entry("", "Debian GNU/Linux", "gnulinux-simple-"+p.Root.UUID, "") +

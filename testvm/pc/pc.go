@@ -48,10 +48,11 @@ type Spec struct {
 	// is the ESP, which otherwise is at /efi.
 	SeparateBoot bool
 	// Kernel is a bzImage for the PC's system, which lies in /boot under its
-	// release, and Config its configuration, which lies beside it. There is no
-	// initramfs: it needs its disk's driver and ext4 built in. need.Kernel does
-	// for a bare PC with an NVMe disk.
-	Kernel, Config string
+	// release, and Config its configuration, which lies beside it. Initrd is its
+	// initramfs; where it is "" there is none, and the kernel needs its disk's
+	// driver and ext4 built in: need.Kernel does for a bare PC with an NVMe disk.
+	// Only GRUB 2 is told of an initramfs.
+	Kernel, Config, Initrd string
 	// Tree is a folder that is laid over the system's root, such as what make
 	// install made; "" for none.
 	Tree string
@@ -84,6 +85,7 @@ type PC struct {
 	machineID string
 	diskID    string // MBR disk signature, 8 hex digits
 	console   string // words of the kernel's command line
+	initrd    bool   // there is /boot/initrd.img-RELEASE
 }
 
 // Build makes a PC with the Debian of package nspawn, in which [Start] runs
@@ -178,6 +180,9 @@ func assemble(t testing.TB, s Spec, size sizes, fill func(root string)) *PC {
 	tr.copy("boot/vmlinuz-"+p.Release, s.Kernel)
 	if s.Config != "" {
 		tr.copy("boot/config-"+p.Release, s.Config)
+	}
+	if p.initrd = s.Initrd != ""; p.initrd {
+		tr.copy("boot/initrd.img-"+p.Release, s.Initrd)
 	}
 	switch s.Loader {
 	case GRUB2BIOS, GRUB2BIOSGPT:

@@ -31,7 +31,7 @@ type Guest struct {
 	MemoryMiB int  // 0 means 1024
 	NVMe      bool // the disk is nvme0n1, not sda on AHCI
 	Boots     []string
-	Sticks    []Stick // plugged in at power-on; with some, they can be unplugged
+	Sticks    []Stick // that can be plugged in and unplugged
 }
 
 // Machine is a PC that runs. One QEMU goes on over all reboots, so that

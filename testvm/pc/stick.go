@@ -18,9 +18,10 @@ type Stick struct {
 	// stick that is slow enough is met in the middle of a write. What is read has no
 	// limit.
 	Rate int64
+	Out  bool // it is not plugged in at power-on
 }
 
-// sticks are QEMU's arguments for them. Each is plugged in.
+// sticks are QEMU's arguments for them.
 func (m *Machine) sticks(all []Stick) []string {
 	args := []string{"-qmp", "unix:" + quoted(m.qmpSocket()) + ",server=on,wait=off", "-device", "qemu-xhci,id=usb"}
 	for _, s := range all {
@@ -28,8 +29,10 @@ func (m *Machine) sticks(all []Stick) []string {
 			"-object", fmt.Sprintf(`{"qom-type":"throttle-group","id":"rate-%s","limits":{"bps-write":%d}}`, s.Serial, s.Rate),
 			"-blockdev", "driver=file,node-name=file-"+s.Serial+",filename="+quoted(s.Image),
 			"-blockdev", fmt.Sprintf("driver=throttle,throttle-group=rate-%[1]s,node-name=limited-%[1]s,file=file-%[1]s", s.Serial),
-			"-blockdev", fmt.Sprintf("driver=raw,node-name=disk-%[1]s,file=limited-%[1]s", s.Serial),
-			"-device", fmt.Sprintf("usb-storage,bus=usb.0,id=%[1]s,serial=%[1]s,drive=disk-%[1]s,removable=on", s.Serial))
+			"-blockdev", fmt.Sprintf("driver=raw,node-name=disk-%[1]s,file=limited-%[1]s", s.Serial))
+		if !s.Out {
+			args = append(args, "-device", fmt.Sprintf("usb-storage,bus=usb.0,id=%[1]s,serial=%[1]s,drive=disk-%[1]s,removable=on", s.Serial))
+		}
 	}
 	return args
 }
@@ -77,8 +80,8 @@ func (m *Machine) Unplug(s Stick) {
 	m.qmp(s.Serial, "device_del", map[string]any{"id": s.Serial})
 }
 
-// Plug puts a stick that was pulled out into a port again, with what it held then, at
-// another rate if that has changed.
+// Plug puts a stick that is out into a port, with what it held when it was pulled
+// out, at another rate if that has changed.
 func (m *Machine) Plug(s Stick) {
 	m.t.Helper()
 	m.qmp("", "qom-set", map[string]any{"path": "/objects/rate-" + s.Serial, "property": "limits", "value": map[string]any{"bps-write": s.Rate}})
