@@ -297,13 +297,48 @@ func nvme(disk string) []string {
 	return []string{"-drive", "if=none,id=d,format=raw,snapshot=on,file=" + disk, "-device", "nvme,drive=d,serial=root"}
 }
 
+// partitioned is a disk with the given partition table of sfdisk, whose second
+// partition, of 16 MiB, holds fs.
+func partitioned(t *testing.T, table, fs string) string {
+	t.Helper()
+	disk := filepath.Join(t.TempDir(), "partitioned.img")
+	sfdisk := exec.Command(need.Tool(t, "sfdisk", "fdisk"), "--quiet", disk)
+	sfdisk.Stdin = strings.NewReader(table)
+	b, err := os.ReadFile(fs)
+	if err == nil {
+		err = os.WriteFile(disk, make([]byte, 20<<20), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := sfdisk.CombinedOutput(); err != nil {
+		t.Fatalf("sfdisk: %v: %s", err, out)
+	}
+	f, err := os.OpenFile(disk, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(b, 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	return disk
+}
+
 func TestBootSwitchesRoot(t *testing.T) {
 	s := testSystem(t)
-	disk := rootDisk(t)
-	for _, root := range []string{"/dev/nvme0n1", "UUID=6b0f0c1e-0d2a-4b7e-9a53-0c6a5a8f0001"} {
-		t.Run(strings.ReplaceAll(root, "/", "_"), func(t *testing.T) {
-			m := boot(t, s, "root="+root+" "+serialLast+" single", nvme(disk)...)
-			m.expect(`(?m)^memlinux: starting /sbin/init on /dev/nvme0n1$`)
+	whole := rootDisk(t)
+	mbr := partitioned(t, "label: dos\nlabel-id: 0x0badcafe\nstart=2048, size=2048, type=83\nstart=4096, size=32768, type=83\n", whole)
+	gpt := partitioned(t, "label: gpt\nstart=2048, size=2048\nstart=4096, size=32768, uuid=D80C1329-E48D-4043-9077-1098EFA30167, name=\"the root\"\n", whole)
+	for _, c := range []struct{ root, disk, device string }{
+		{"/dev/nvme0n1", whole, "nvme0n1"},
+		{"UUID=6b0f0c1e-0d2a-4b7e-9a53-0c6a5a8f0001", whole, "nvme0n1"},
+		{"PARTUUID=0BADCAFE-02", mbr, "nvme0n1p2"},
+		{"PARTUUID=d80c1329-e48d-4043-9077-1098efa30167", gpt, "nvme0n1p2"},
+	} {
+		t.Run(strings.ReplaceAll(c.root, "/", "_"), func(t *testing.T) {
+			m := boot(t, s, "root="+c.root+" "+serialLast+" single", nvme(c.disk)...)
+			m.expect(`(?m)^memlinux: starting /sbin/init on /dev/` + c.device + `$`)
 			m.expectEnd()
 			// Each by itself: the kernel talks in between.
 			for _, line := range []string{"the real init is 1 with single", "root is read-only", "has /dev", "has /proc", "has /sys", "has /run", "level [2-7]"} {

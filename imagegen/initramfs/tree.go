@@ -43,12 +43,12 @@ var static embed.FS
 
 // Applets lists the busybox applets without which /init can't do its work.
 var Applets = []string{
-	"cat", "dmesg", "findfs", "grep", "hostname", "init", "killall", "mdev", "mkdir", "mknod", "mount", "poweroff",
-	"readlink", "reboot", "sed", "sh", "sleep", "switch_root", "sync", "tty", "umount",
+	"cat", "dmesg", "findfs", "grep", "hexdump", "hostname", "init", "killall", "mdev", "mkdir", "mknod", "mount", "poweroff", "printf",
+	"readlink", "reboot", "sed", "sh", "sleep", "switch_root", "sync", "tr", "tty", "umount",
 }
 
 // ModuleApplets lists those that it needs besides where there are modules.
-var ModuleApplets = []string{"find", "modprobe", "sort", "tr", "which", "xargs"}
+var ModuleApplets = []string{"find", "modprobe", "sort", "which", "xargs"}
 
 // own says why the files that are compiled in are in the tree.
 var own = map[string]string{ //nolint:gosec // etc/passwd is no password
