@@ -48,7 +48,7 @@ anna memlinux devices --json > plugged
 pid > pid-plugged
 
 code=0
-anna memlinux write --yes --no-boot-test --kernel host "$link" < /dev/null > /dev/null 2> denied || code=$?
+anna memlinux write --yes --no-boot-test --kernel host --modules none "$link" < /dev/null > /dev/null 2> denied || code=$?
 echo $code > denied-code
 cmp --bytes=1048576 "$link" /dev/zero
 cat > /etc/polkit-1/rules.d/50-test.rules <<'END'
@@ -60,7 +60,7 @@ END
 systemctl restart polkit
 
 name=$(basename "$(readlink -f "$link")")
-anna memlinux write --json --yes --no-boot-test --kernel host "$link" > first 2> first-error &
+anna memlinux write --json --yes --no-boot-test --kernel host --modules none "$link" > first 2> first-error &
 job=$!
 until grep -q '"phase":"write".*"bytes":[1-9]' first; do
 	kill -0 $job
@@ -172,12 +172,11 @@ func debianPC(t *testing.T) pc.Spec {
 	tree := t.TempDir()
 	modules, _ := filepath.Glob(filepath.Join(root, "lib/modules/*")) // the pattern is right
 	to := filepath.Join(tree, "usr/lib/modules", filepath.Base(modules[0]))
-	for _, sub := range []string{"kernel/arch", "kernel/crypto", "kernel/drivers", "kernel/fs", "kernel/lib", "modules.*"} {
-		sh(t, "sh", "-ec", `mkdir -p "$2"; cd "$1"; cp -a --parents $3 "$2"`, "sh", modules[0], to, sub)
-	}
+	sh(t, "mkdir", "-p", filepath.Dir(to))
+	sh(t, "cp", "-a", modules[0], to)
 	// Four fifths of the bytes, for what this PC has not.
-	for _, other := range []string{"gpu", "infiniband", "isdn", "media", "net", "staging"} {
-		sh(t, "rm", "-rf", filepath.Join(to, "kernel/drivers", other))
+	for _, other := range []string{"drivers/gpu", "drivers/infiniband", "drivers/isdn", "drivers/media", "drivers/net", "drivers/staging", "net", "sound"} {
+		sh(t, "rm", "-rf", filepath.Join(to, "kernel", other))
 	}
 	busybox, err := os.Open(need.File(t, "/bin/busybox", "busybox-static"))
 	if err != nil {

@@ -95,7 +95,7 @@ func Build(t testing.TB, s Spec) *PC {
 	t.Helper()
 	tools(t, s)
 	from := nspawn.Tree(t)
-	return assemble(t, s, sizes{root: 768, boot: 192, esp: 192}, func(root string) {
+	return assemble(t, s, sizes{root: 1280, boot: 192, esp: 192}, func(root string) {
 		debian(t, root, from)
 	})
 }
