@@ -121,7 +121,7 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 		switch {
 		case err != nil && errors.Is(context.Cause(ctx), tooLong):
 			err = tooLong
-		case err != nil:
+		case err != nil && !errors.Is(err, context.Canceled): // which the job says in its own words
 			err = contractError(err)
 		}
 		return report, err

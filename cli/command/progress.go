@@ -135,7 +135,7 @@ func (v *lineView) print(outcome string) {
 		fmt.Fprintf(v.out, "%s%s:%s %s\n", v.name, v.job.Phase, outcome, seconds(took))
 		return
 	}
-	fmt.Fprintf(v.out, "%s%s:%s %s in %s (%s)\n", v.name, v.job.Phase, outcome, amount(v.job, v.job.Bytes), seconds(took), rate(v.job, float64(v.job.Bytes)/took.Seconds()))
+	fmt.Fprintf(v.out, "%s%s:%s %s in %s%s\n", v.name, v.job.Phase, outcome, amount(v.job, v.job.Bytes), seconds(took), average(v.job, took, " (%s)"))
 }
 
 func (v *lineView) end(ok bool) {
@@ -198,7 +198,7 @@ func (s *shown) text(decor.Statistics) string {
 	case j.Bytes == 0:
 		return seconds(took)
 	case done || j.Total == 0:
-		return fmt.Sprintf("%s  %s  %s", amount(j, j.Bytes), rate(j, float64(j.Bytes)/max(took.Seconds(), 0.001)), seconds(took))
+		return amount(j, j.Bytes) + average(j, took, "  %s") + "  " + seconds(took)
 	case j.Rate == 0:
 		return of(j)
 	}
@@ -271,6 +271,15 @@ func of(j api.Job) string {
 		return fmt.Sprintf("%d of %s", j.Bytes, amount(j, j.Total))
 	}
 	return amount(j, j.Bytes) + " of " + amount(j, j.Total)
+}
+
+// average is the rate of the whole phase in that format, or nothing where it took
+// too little time to tell.
+func average(j api.Job, took time.Duration, format string) string {
+	if took < 50*time.Millisecond {
+		return ""
+	}
+	return fmt.Sprintf(format, rate(j, float64(j.Bytes)/took.Seconds()))
 }
 
 func rate(j api.Job, perSecond float64) string {

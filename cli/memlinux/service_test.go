@@ -12,11 +12,12 @@ import (
 )
 
 // What memlinuxd's own service may not do, its machinery does in services of its
-// own: apt fetches a kernel, source comes by http, GRUB is made, and virtual
-// machines boot the stick. Cancelled, or when memlinuxd is stopped or killed,
+// own: apt fetches a kernel, source comes by http and is compiled, GRUB is made, and
+// virtual machines boot the stick. Cancelled, or when memlinuxd is stopped or killed,
 // nothing of it stays; and what is stopped is cancelled, not failed.
 func TestMachineryOfAService(t *testing.T) {
 	need.Root(t)
+	need.Tool(t, "gcc", "gcc")
 	image, _ := need.Kernel(t)
 	unit, err := os.ReadFile("../../systemd/memlinuxd.service")
 	if err != nil {
@@ -34,15 +35,18 @@ func TestMachineryOfAService(t *testing.T) {
 			"/run/systemd/system/memlinuxd.service":                     unitFile,
 			"/usr/share/polkit-1/actions/org.memlinux.memlinux1.policy": "../../systemd/org.memlinux.memlinux1.policy",
 			"/etc/dbus-1/system.d/org.memlinux.Memlinux1.conf":          "../../systemd/org.memlinux.Memlinux1.conf",
+			"/usr/lib/sysusers.d/memlinux.conf":                         "../../systemd/memlinux.sysusers",
 			"/srv/deb/boot/vmlinuz-6.1.0-1-amd64":                       image,
 		},
+		// This machine's compilers.
+		Args:   []string{"--overlay=/usr::/usr"},
 		Script: machinery,
 	})
 	t.Log(files["said"])
 	if got, _, _ := strings.Cut(files["digest"], " "); len(got) != 64 || !strings.Contains(files["refused"], "x.tar has the SHA-256 "+got) {
 		t.Errorf("a download with the digest %s: %s", got, files["refused"])
 	}
-	if got := files["stopped"]; !strings.HasPrefix(got, "memlinux: cancelled during boot BIOS") || !strings.HasSuffix(got, "\n130\n") {
+	if got := files["stopped"]; got != "memlinux: cancelled during boot BIOS\n130\n" {
 		t.Errorf("memlinuxd was stopped: %q", got)
 	}
 	for _, name := range []string{"cancelled", "killed"} {
@@ -53,8 +57,11 @@ func TestMachineryOfAService(t *testing.T) {
 	if got := strings.Fields(files["fetched"]); fmt.Sprint(got) != "[initramfs.img manifest.json menu.lst vmlinuz]" {
 		t.Errorf("of a fetched kernel was made: %q", got)
 	}
+	if got := files["compiled"]; got != "by _memlinux\n" {
+		t.Errorf("the compiler ran %q", got)
+	}
 	// Names of services end with numbers.
-	for _, want := range []string{"memlinux-fetch-", "memlinux-chown-", "memlinux-grub-", "memlinux-qemu-"} {
+	for _, want := range []string{"memlinux-fetch-", "memlinux-chown-", "memlinux-build-", "memlinux-grub-", "memlinux-qemu-"} {
 		if !strings.Contains(files["units"], want) {
 			t.Errorf("no service was called %s: %s", want, files["units"])
 		}
@@ -62,6 +69,7 @@ func TestMachineryOfAService(t *testing.T) {
 }
 
 const machinery = `
+systemd-sysusers
 systemctl daemon-reload
 systemctl reload dbus
 systemctl start memlinuxd
@@ -86,6 +94,20 @@ head -c 3000000 /dev/urandom > /srv/www/x.tar
 busybox httpd -p 127.0.0.1:8080 -h /srv/www
 memlinux build --kernel source:http://127.0.0.1:8080/x.tar --kernel-sha256 $(printf '%064d' 0) -o /srv/none 2> refused && false || echo $? >> refused
 sha256sum < /srv/www/x.tar > digest
+
+# A busybox that is compiled, as far as such a small one is.
+mkdir -p /srv/busybox/applets
+touch /srv/busybox/applets/applet_tables.c
+cat > /srv/busybox/who.c <<'END'
+#include <pwd.h>
+#include <stdio.h>
+#include <unistd.h>
+int main(void) { return printf("by %s\n", getpwuid(geteuid())->pw_name) < 0; }
+END
+printf '%s\n' 'VERSION = 1' 'PATCHLEVEL = 99' 'SUBLEVEL = 0' 'EXTRAVERSION =' 'defconfig:' '	@echo CONFIG_BUSYBOX=y > .config' 'oldconfig:' '	@read x; test -z "$$x"' \
+	'busybox: who.c' '	gcc -O2 -o who who.c' '	./who > who.txt' '	cp /bin/busybox busybox' '	cat who.txt >> busybox' > /srv/busybox/Makefile
+memlinux build --kernel /srv/out/vmlinuz --modules none --busybox source:/srv/busybox --compression none -o /srv/compiled
+grep -aom1 'by _memlinux' /srv/compiled/initramfs.img > compiled
 
 # What runs of the services, besides memlinuxd, and the virtual machine.
 running() { systemctl list-units --plain --no-legend --all 'memlinux-*'; grep -lsx 'qemu-system-x86' /proc/[0-9]*/comm || :; }
