@@ -160,6 +160,17 @@ left_terminal 130
 fails running
 systemctl list-units --plain --no-legend --all 'memlinux-*' > still
 
+# So do they from another terminal; and nobody else.
+as anna memlinux write --yes --no-boot-test SLOW < /dev/null > /tmp/slow 2>&1 &
+until_so eval 'memlinux jobs --json | grep -q "\"state\":\"running\",\"phase\":\"write\""'
+id=$(memlinux jobs --json | sed -n '/"state":"running"/s/.*"id":"\([^"]*\)".*/\1/p')
+runuser -u nobody -- memlinux cancel $id < /dev/null > /tmp/out 2> denied-cancel && exit 1 || [ $? = 4 ]
+running
+as anna memlinux cancel $id > cancel
+wait $! && exit 1 || [ $? = 130 ]
+id=$(memlinux jobs --json | sed -n '/"state":"succeeded"/s/.*"id":"\([^"]*\)".*/\1/p' | tail -n 1)
+as anna memlinux cancel $id > /tmp/out 2>> cancel && exit 1 || [ $? = 1 ]
+
 # Its unit's device filter holds for all in it: disks are let through, and what
 # makes loop devices is not.
 mknod /dev/control c 10 237
@@ -234,6 +245,8 @@ func inDebian(t *testing.T, deb string) {
 		"denied-write":   {"memlinux: not authorized: "},
 		"denied-install": {"memlinux: not authorized: "},
 		"denied-remove":  {"memlinux: not authorized: "},
+		"denied-cancel":  {"memlinux: not authorized: "},
+		"cancel":         {": cancelled during write\n", "can't be cancelled: it has ended before, and succeeded"},
 		"asked":          {"Name=anna\n", "Authentication is required to overwrite the disk (" + stick + ")", "read back  the same, from the medium"},
 		"written":        {"read back  the same, from the medium"},
 		"installed":      {"/boot/memlinux/vmlinuz-"},
@@ -307,7 +320,7 @@ func checkStory(t *testing.T, story, stick, slow string) {
 		}
 		begun[e.Job] = true
 	}
-	want := []string{"write " + stick + " succeeded", "write " + stick + " succeeded", "install  succeeded", "rollback  succeeded", "write " + slow + " cancelled"}
+	want := []string{"write " + stick + " succeeded", "write " + stick + " succeeded", "install  succeeded", "rollback  succeeded", "write " + slow + " cancelled", "write " + slow + " cancelled"}
 	if !slices.Equal(ends, want) {
 		t.Errorf("by the journal the user's jobs ended\n%q, want\n%q:\n%s", ends, want, story)
 	}

@@ -329,12 +329,13 @@ func TestBootSwitchesRoot(t *testing.T) {
 	s := testSystem(t)
 	whole := rootDisk(t)
 	mbr := partitioned(t, "label: dos\nlabel-id: 0x0badcafe\nstart=2048, size=2048, type=83\nstart=4096, size=32768, type=83\n", whole)
-	gpt := partitioned(t, "label: gpt\nstart=2048, size=2048\nstart=4096, size=32768, uuid=D80C1329-E48D-4043-9077-1098EFA30167, name=\"the root\"\n", whole)
+	gpt := partitioned(t, "label: gpt\nstart=2048, size=2048\nstart=4096, size=32768, uuid=D80C1329-E48D-4043-9077-1098EFA30167, name=the-root\n", whole)
 	for _, c := range []struct{ root, disk, device string }{
 		{"/dev/nvme0n1", whole, "nvme0n1"},
 		{"UUID=6b0f0c1e-0d2a-4b7e-9a53-0c6a5a8f0001", whole, "nvme0n1"},
 		{"PARTUUID=0BADCAFE-02", mbr, "nvme0n1p2"},
 		{"PARTUUID=d80c1329-e48d-4043-9077-1098efa30167", gpt, "nvme0n1p2"},
+		{"PARTLABEL=the-root", gpt, "nvme0n1p2"},
 	} {
 		t.Run(strings.ReplaceAll(c.root, "/", "_"), func(t *testing.T) {
 			m := boot(t, s, "root="+c.root+" "+serialLast+" single", nvme(c.disk)...)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -327,6 +328,38 @@ func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.Ob
 		}
 	}
 	return "", ctx.Err()
+}
+
+// validJob is what a job's ID is made of: the element of an object path.
+var validJob = regexp.MustCompile(`^[A-Za-z0-9_]+$`)
+
+// CancelJob cancels a job, waits until nothing of it runs any more, and returns
+// how it ended, which may have been before. Who must allow it is asked as by
+// [Client.Start].
+func (c *Client) CancelJob(ctx context.Context, id string) (job api.Job, err error) {
+	if !validJob.MatchString(id) {
+		return job, noJob(id)
+	}
+	if c.private == nil && os.Geteuid() != 0 {
+		stop := startAgent(ctx)
+		defer stop()
+	}
+	var props api.Properties
+	err = c.call(ctx, api.JobPath(id), api.JobInterface+".Cancel", []any{api.Properties{}})
+	if err == nil {
+		err = c.call(ctx, api.JobPath(id), api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props)
+	}
+	if api.ErrorName(err) == "org.freedesktop.DBus.Error.UnknownObject" {
+		return job, noJob(id)
+	}
+	if err != nil {
+		return job, err
+	}
+	return job, job.Update(props)
+}
+
+func noJob(id string) error {
+	return &api.Error{Name: api.ErrNoSuchJob, Message: fmt.Sprintf("there is no job %q; memlinux jobs lists them", id)}
 }
 
 // Follow reports every change of the job until it has ended, and returns its

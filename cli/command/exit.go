@@ -45,7 +45,7 @@ func exitCode(err error) int {
 		return exitCancelled
 	}
 	switch api.ErrorName(err) {
-	case api.ErrInvalidOption, api.ErrInvalidRecipe, api.ErrNoSuchEntry:
+	case api.ErrInvalidOption, api.ErrInvalidRecipe, api.ErrNoSuchEntry, api.ErrNoSuchJob:
 		return exitUsage
 	case api.ErrDeviceBusy, api.ErrDeviceIsSystem, api.ErrDeviceRefused, api.ErrDeviceChanged, api.ErrUnsupported, api.ErrChanged:
 		return exitRefused

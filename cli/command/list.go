@@ -5,12 +5,15 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/user"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
 	"github.com/memlinux/memlinux/cli/client"
+	"github.com/memlinux/memlinux/daemon/api"
 )
 
 func newDevices(g *global) *cobra.Command {
@@ -71,11 +74,62 @@ func newJobs(g *global) *cobra.Command {
 				return printObjects(list)
 			}
 			t := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-			fmt.Fprintln(t, "JOB\tKIND\tSTATE\tPHASE\tPROGRESS\tMESSAGE")
+			fmt.Fprintln(t, "JOB\tKIND\tUSER\tSTATE\tPHASE\tPROGRESS\tMESSAGE")
 			for _, j := range list {
-				fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%.0f%%\t%s\n", j.ID, j.Kind, j.State, dash(j.Phase), 100*j.Progress, dash(j.Message))
+				fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%.0f%%\t%s\n", j.ID, j.Kind, userName(j.Owner), j.State, dash(j.Phase), 100*j.Progress, dash(j.Message))
 			}
 			return t.Flush()
+		},
+	}
+}
+
+// userName is the user's name, or the number where it has none.
+func userName(uid uint32) string {
+	number := strconv.FormatUint(uint64(uid), 10)
+	u, err := user.LookupId(number)
+	if err != nil {
+		return number
+	}
+	return u.Username
+}
+
+func newCancel(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use:   "cancel JOB...",
+		Short: "Cancel jobs, and wait until nothing of them runs any more",
+		Long: `Cancels jobs that run, as Ctrl-C does in the command that started one: a job goes
+on when that command's terminal is gone. memlinux jobs lists them. A stick that was
+being written does not boot then; memlinux write --resume goes on with it.`,
+		Example: `  memlinux cancel 20261129_223204_c6deda`,
+		Args: func(_ *cobra.Command, a []string) error {
+			if len(a) == 0 {
+				return usagef("give a JOB; memlinux jobs lists them")
+			}
+			return nil
+		},
+		RunE: func(c *cobra.Command, a []string) error {
+			conn, err := client.Connect(c.Context(), g.private)
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			for _, id := range a {
+				job, err := conn.CancelJob(c.Context(), id)
+				if err != nil {
+					return err
+				}
+				if job.State != api.StateCancelled {
+					return &api.Error{Name: api.ErrFailed, Message: fmt.Sprintf("%s %s can't be cancelled: it has ended before, and %s", job.Kind, job.ID, job.State)}
+				}
+				if g.json {
+					if err := printObjects([]api.Job{job}); err != nil {
+						return err
+					}
+					continue
+				}
+				fmt.Printf("%s %s: %s\n", job.Kind, job.ID, job.Message)
+			}
+			return nil
 		},
 	}
 }

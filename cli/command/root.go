@@ -62,7 +62,7 @@ virtual machine that it boots.`,
 		RunE:    func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	prepare(root, g)
-	root.AddCommand(newWrite(g), newBuild(g), newExplain(g), newDiff(g), newVerify(g), newVM(g), newInstall(g), newEntries(g), newRemove(g), newNext(g), newRollback(g), newDevices(g), newJobs(g), newDoctor(g), newRecipe(g), newVersion(g))
+	root.AddCommand(newWrite(g), newBuild(g), newExplain(g), newDiff(g), newVerify(g), newVM(g), newInstall(g), newEntries(g), newRemove(g), newNext(g), newRollback(g), newDevices(g), newJobs(g), newCancel(g), newDoctor(g), newRecipe(g), newVersion(g))
 	return root
 }
 

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -174,6 +175,7 @@ func TestBadCommandLines(t *testing.T) {
 		{"initrd without a kernel", []string{"vm", "--initrd", "x", "y"}, "--kernel"},
 		{"build to nowhere", []string{"build"}, "-o DIR"},
 		{"remove nothing", []string{"remove"}, "the ID of one entry"},
+		{"cancel nothing", []string{"cancel"}, "give a JOB"},
 		{"next of two", []string{"next", "a", "b"}, "the ID of one entry"},
 		{"install what", []string{"install", "stick.img"}, "stick.img"},
 	} {
@@ -186,7 +188,7 @@ func TestBadCommandLines(t *testing.T) {
 }
 
 func TestHelpHasExamples(t *testing.T) {
-	for _, name := range []string{"write", "build", "verify", "vm", "devices", "jobs", "install", "entries", "remove", "next", "rollback"} {
+	for _, name := range []string{"write", "build", "verify", "vm", "devices", "jobs", "cancel", "install", "entries", "remove", "next", "rollback"} {
 		o := finish(t, exec.Command(filepath.Join(bin, "memlinux"), name, "--help"))
 		if o.code != 0 || !strings.Contains(o.stdout, "Examples:") {
 			t.Errorf("%s --help: exit %d: %s", name, o.code, o.stdout)
@@ -195,6 +197,13 @@ func TestHelpHasExamples(t *testing.T) {
 	o := finish(t, exec.Command(filepath.Join(bin, "memlinux"), "completion", "bash"))
 	if o.code != 0 || !strings.Contains(o.stdout, "complete") {
 		t.Errorf("completion: exit %d", o.code)
+	}
+}
+
+func TestCancelWhatIsNoJob(t *testing.T) {
+	w := newWorld(t)
+	for _, id := range []string{"20261129_223204_c6deda", "../manager", "a job", ""} {
+		w.run("cancel", id).wants(t, 2, fmt.Sprintf("there is no job %q", id))
 	}
 }
 

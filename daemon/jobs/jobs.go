@@ -310,10 +310,10 @@ func (r *Registry) add(j *Job) error {
 		}
 	}
 	if ofUser >= MaxRunningOfUser {
-		return &api.Error{Name: api.ErrLimitsExceeded, Message: fmt.Sprintf("%d jobs of your user are running already; wait for one to end, or cancel one (memlinux jobs)", ofUser)}
+		return &api.Error{Name: api.ErrLimitsExceeded, Message: fmt.Sprintf("%d jobs of your user are running already; wait for one to end, or cancel one (memlinux jobs lists them, memlinux cancel JOB)", ofUser)}
 	}
 	if n >= MaxRunning {
-		return &api.Error{Name: api.ErrBusy, Message: fmt.Sprintf("%d jobs are running already; wait for one to end, or cancel one (memlinux jobs)", n)}
+		return &api.Error{Name: api.ErrBusy, Message: fmt.Sprintf("%d jobs are running already; wait for one to end, or cancel one (memlinux jobs lists them, memlinux cancel JOB)", n)}
 	}
 	if err := r.save(stored{Job: j.state, Instance: r.instance}); err != nil {
 		return err
