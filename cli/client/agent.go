@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -16,23 +17,23 @@ const agentStart = 5 * time.Second
 
 // startAgent starts polkit's agent for terminals, and waits until it is ready to
 // ask on behalf of this process: as a fallback, so that an agent of the session
-// comes first. Where there is no terminal or no such agent, nothing happens: the
-// call then says that it was denied. Call stop when nobody is to be asked any
-// more; it waits for the agent's end.
-func startAgent(ctx context.Context) (stop func()) {
+// comes first. Where there is no terminal or no such agent, nothing happens: asks
+// is false, and the call then says that it was denied. Call stop when nobody is to
+// be asked any more; it waits for the agent's end.
+func startAgent(ctx context.Context) (asks bool, stop func()) {
 	nothing := func() {}
 	terminal, err := os.Open("/dev/tty") // where it asks, wherever our input comes from
 	if err != nil {
-		return nothing
+		return false, nothing
 	}
 	terminal.Close()
 	program, err := exec.LookPath("pkttyagent")
 	if err != nil {
-		return nothing
+		return false, nothing
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
-		return nothing
+		return false, nothing
 	}
 	defer r.Close()
 	cmd := exec.Command(program, "--process", strconv.Itoa(os.Getpid()), "--notify-fd", "3")
@@ -46,7 +47,7 @@ func startAgent(ctx context.Context) (stop func()) {
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
-		return nothing
+		return false, nothing
 	}
 	stop = func() {
 		_ = cmd.Process.Signal(unix.SIGTERM) // it gives the terminal back as it was
@@ -63,5 +64,13 @@ func startAgent(ctx context.Context) (stop func()) {
 	case <-time.After(agentStart):
 		r.Close()
 	}
-	return stop
+	return true, stop
+}
+
+// leavePrompt begins a new line on the terminal on which an agent has asked.
+func leavePrompt() {
+	if terminal, err := os.OpenFile("/dev/tty", os.O_WRONLY, 0); err == nil {
+		fmt.Fprintln(terminal)
+		terminal.Close()
+	}
 }

@@ -299,8 +299,10 @@ const startGrace = 3 * time.Second
 // returned, to be followed to its end; one that waits for somebody to allow it
 // never begins.
 func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.ObjectPath, error) {
+	asking := false
 	if c.private == nil && os.Geteuid() != 0 {
-		stop := startAgent(ctx)
+		var stop func()
+		asking, stop = startAgent(ctx)
 		defer stop()
 	}
 	var job dbus.ObjectPath
@@ -315,6 +317,9 @@ func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.Ob
 		}
 		return "", ctx.Err() // what came of a Ctrl-C
 	case <-ctx.Done():
+		if asking {
+			leavePrompt()
+		}
 	}
 	select {
 	case err := <-started:
@@ -341,7 +346,7 @@ func (c *Client) CancelJob(ctx context.Context, id string) (job api.Job, err err
 		return job, noJob(id)
 	}
 	if c.private == nil && os.Geteuid() != 0 {
-		stop := startAgent(ctx)
+		_, stop := startAgent(ctx)
 		defer stop()
 	}
 	var props api.Properties
