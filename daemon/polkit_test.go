@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"bytes"
+	"context"
 	"encoding/xml"
 	"fmt"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -465,6 +467,66 @@ func TestPolkitDecides(t *testing.T) {
 			}
 		})
 	})
+}
+
+// startConsole starts a virtual machine of the connection's user that finds nothing
+// to boot.
+func startConsole(t *testing.T, conn *dbus.Conn) dbus.ObjectPath {
+	t.Helper()
+	disk := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(ends[0])
+	t.Cleanup(func() { unix.Close(ends[1]) })
+	var job dbus.ObjectPath
+	if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".StartVM", dbus.UnixFD(ends[0]), map[string]dbus.Variant{
+		api.OptFile: dbus.MakeVariant(dbus.UnixFD(f.Fd()))}).Store(&job); err != nil {
+		t.Fatal(err)
+	}
+	return job
+}
+
+// Users do not keep root, or each other's proofs, from working: of the places for
+// machines their consoles take all but one, and their jobs end.
+func TestUsersLeaveRoom(t *testing.T) {
+	need.Root(t)
+	need.Tool(t, "qemu-system-x86_64", "qemu-system-x86")
+	defer func(was time.Duration) { userTime = was }(userTime)
+	userTime = 3 * time.Second
+	address := startBus(t)
+	serve(t, address, func(context.Context, *dbus.Conn, Question) error { return nil })
+	root, games, mail := dial(t, address), dialAs(t, address, "games"), dialAs(t, address, "mail")
+	message := func(job dbus.ObjectPath) string {
+		var v dbus.Variant
+		if err := invoke(root, job, api.PropertiesInterface+".Get", api.JobInterface, "Message").Store(&v); err != nil {
+			t.Fatal(err)
+		}
+		return v.Value().(string)
+	}
+	first, second, roots := startConsole(t, games), startConsole(t, mail), startConsole(t, root)
+	for _, job := range []dbus.ObjectPath{first, second} {
+		awaitState(t, root, job, api.StateFailed)
+	}
+	said := []string{message(first), message(second)}
+	slices.Sort(said)
+	if !strings.Contains(said[0], "a user's console runs already") || !strings.Contains(said[1], "only root's jobs may") {
+		t.Errorf("two users' consoles ended so: %q", said)
+	}
+	awaitState(t, root, roots, api.StateRunning)
+	if err := invoke(root, roots, api.JobInterface+".Cancel", map[string]dbus.Variant{}).Err; err != nil {
+		t.Error(err)
+	}
+	awaitState(t, root, roots, api.StateCancelled)
 }
 
 // agent is an authentication agent: it is asked, and its person decides.
