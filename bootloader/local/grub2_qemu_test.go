@@ -143,7 +143,7 @@ func pc(t *testing.T, plain bool, settings ...string) (pcDisk, *grub2) {
 	header, custom := grubHeader(t, append(settings, "GRUB_TIMEOUT=2", "GRUB_TERMINAL_INPUT=serial console", "GRUB_TERMINAL_OUTPUT=serial console", "GRUB_SERIAL_COMMAND=serial --speed=115200")...)
 	write(t, filepath.Join(grub, "grub.cfg"), header+debianEntries+custom)
 	write(t, filepath.Join(grub, "grubenv"), string(newGrubenv().bytes()))
-	kernel, _ := need.Kernel(t)
+	kernel, _ := need.SmallKernel(t)
 	data, err := os.ReadFile(kernel)
 	if err != nil {
 		t.Fatal(err)

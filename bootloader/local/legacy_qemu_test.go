@@ -60,7 +60,7 @@ func legacyPC(t *testing.T, menu string, saved []byte) (legacyDisk, *legacy) {
 		t.Fatal(err)
 	}
 	copy(stage2[0x217:], "/boot/grub/menu.lst\x00")
-	image, _ := need.Kernel(t)
+	image, _ := need.SmallKernel(t)
 	kernel, err := os.ReadFile(image)
 	if err != nil {
 		t.Fatal(err)

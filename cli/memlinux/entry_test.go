@@ -39,7 +39,7 @@ type local struct {
 func newLocal(t *testing.T, spec pc.Spec) *local {
 	t.Helper()
 	w := newWorld(t)
-	spec.Kernel, spec.Config = need.Kernel(t)
+	spec.Kernel, spec.Config = need.SmallKernel(t)
 	p := pc.Bare(t, spec)
 	device := p.Attach(t)
 	part, bind := p.Root, "/boot"

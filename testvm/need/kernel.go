@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 )
 
@@ -22,6 +23,40 @@ func Kernel(t testing.TB) (image, config string) {
 	t.Helper()
 	boot := filepath.Join(kernel(t, cloudKernel, "kernel"), "boot")
 	return one(boot, "vmlinuz-*"), one(boot, "config-*")
+}
+
+// smallKernel is the folder in [Cache] with what [SmallKernel] gives.
+const smallKernel = "small-kernel"
+
+// SmallKernel is memlinux's own minimal kernel, and the file with its
+// configuration: a third of Debian's, it boots in a fraction of the time where
+// firmware reads it. The package imagegen/kbuild/kbuildtest makes it, and its test
+// is the first of make test; where it is not there the test is skipped, or fails if
+// all must run.
+func SmallKernel(t testing.TB) (image, config string) {
+	t.Helper()
+	dir := filepath.Join(Cache(t), smallKernel)
+	image, config = filepath.Join(dir, "bzImage"), filepath.Join(dir, "config")
+	if _, err := os.Stat(image); err != nil {
+		unmet(t, "needs a kernel that is compiled from source in %s; run make test", dir)
+	}
+	return image, config
+}
+
+// KeepSmallKernel makes the folder, which is in [Cache], what SmallKernel gives.
+func KeepSmallKernel(t testing.TB, folder string) {
+	t.Helper()
+	link := filepath.Join(Cache(t), smallKernel)
+	to, err := filepath.Rel(filepath.Dir(link), folder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if is, err := os.Readlink(link); err == nil && is == to {
+		return
+	}
+	if err := renameio.Symlink(to, link); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // KernelOfPCs is the folder, in [Cache], with the kernel that Debian's PCs have:

@@ -47,6 +47,7 @@ func Kernel(t testing.TB) (image, config string) {
 	dir := filepath.Join(cache, "kbuild", key)
 	image, config = filepath.Join(dir, "bzImage"), filepath.Join(dir, "config")
 	if _, err := os.Stat(config); err == nil {
+		need.KeepSmallKernel(t, dir)
 		return image, config
 	}
 	if !need.All() {
@@ -72,6 +73,7 @@ func Kernel(t testing.TB) (image, config string) {
 	run(t, "", "cp", result.Image, filepath.Join(part, "bzImage"))
 	run(t, "", "cp", result.Config, filepath.Join(part, "config"))
 	run(t, "", "mv", part, dir)
+	need.KeepSmallKernel(t, dir)
 	return image, config
 }
 
