@@ -163,12 +163,12 @@ systemctl list-units --plain --no-legend --all 'memlinux-*' > still
 # So do they from another terminal; and nobody else.
 as anna memlinux write --yes --no-boot-test SLOW < /dev/null > /tmp/slow 2>&1 &
 until_so eval 'memlinux jobs --json | grep -q "\"state\":\"running\",\"phase\":\"write\""'
-id=$(memlinux jobs --json | sed -n '/"state":"running"/s/.*"id":"\([^"]*\)".*/\1/p')
+id=$(memlinux jobs --json | sed -n '/"state":"running"/s/^{"id":"\([^"]*\)".*/\1/p')
 runuser -u nobody -- memlinux cancel $id < /dev/null > /tmp/out 2> denied-cancel && exit 1 || [ $? = 4 ]
 running
 as anna memlinux cancel $id > cancel
 wait $! && exit 1 || [ $? = 130 ]
-id=$(memlinux jobs --json | sed -n '/"state":"succeeded"/s/.*"id":"\([^"]*\)".*/\1/p' | tail -n 1)
+id=$(memlinux jobs --json | sed -n '/"state":"succeeded"/s/^{"id":"\([^"]*\)".*/\1/p' | tail -n 1)
 as anna memlinux cancel $id > /tmp/out 2>> cancel && exit 1 || [ $? = 1 ]
 
 # Its unit's device filter holds for all in it: disks are let through, and what
@@ -253,7 +253,7 @@ func inDebian(t *testing.T, deb string) {
 		"boot-installed": {"/boot/memlinux/vmlinuz-"},
 		"rolled-back":    {"taken back"},
 		"cancelled":      {"cancelled during write"},
-		"jobs":           {"rollback  succeeded"},
+		"jobs":           {"rollback  anna  succeeded"},
 		"status":         {"active (running)"},
 		"upgrade":        {jobRuns},
 		"remove":         {jobRuns},
