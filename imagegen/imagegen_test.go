@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -315,7 +316,7 @@ func TestBuildRefuses(t *testing.T) {
 		{"a kernel without initramfs", Recipe{Kernel: without("BLK_DEV_INITRD")}, ErrKernel, "CONFIG_BLK_DEV_INITRD is not set"},
 		{"a kernel without the chosen decompressor", Recipe{Kernel: without("RD_ZSTD"), Compression: initramfs.Compression{Name: "zstd"}}, ErrKernel, "CONFIG_RD_ZSTD is not set"},
 		{"a dynamic busybox", Recipe{Busybox: BusyboxSource{File: file(t, "b", tinyBusybox(elf.PT_INTERP, initramfs.Applets))}}, ErrBusybox, "dynamically linked (interpreter /lib64/ld.so)"},
-		{"a busybox without switch_root", Recipe{Busybox: BusyboxSource{File: file(t, "b", tinyBusybox(elf.PT_LOAD, initramfs.Applets[:16]))}}, ErrBusybox, "lacks the applet"},
+		{"a busybox without switch_root", Recipe{Busybox: BusyboxSource{File: file(t, "b", tinyBusybox(elf.PT_LOAD, initramfs.Applets[:slices.Index(initramfs.Applets, "switch_root")]))}}, ErrBusybox, "lacks the applet"},
 		{"no busybox at all", Recipe{Busybox: BusyboxSource{File: file(t, "b", "#!/bin/sh")}}, ErrBusybox, "not a program"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
