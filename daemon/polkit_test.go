@@ -233,6 +233,19 @@ func mayOf(t *testing.T, name string) permission {
 // returns the pipe's other end, too, which stays open.
 func startWaiting(t *testing.T, conn *dbus.Conn) (dbus.ObjectPath, *os.File) {
 	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	t.Cleanup(func() { w.Close() })
+	return startMachine(t, conn, map[string]dbus.Variant{api.OptData: dbus.MakeVariant(dbus.UnixFD(r.Fd()))}), w
+}
+
+// startMachine starts a virtual machine of the connection's user that finds nothing
+// to boot, with more options.
+func startMachine(t *testing.T, conn *dbus.Conn, options map[string]dbus.Variant) dbus.ObjectPath {
+	t.Helper()
 	disk := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
@@ -242,24 +255,18 @@ func startWaiting(t *testing.T, conn *dbus.Conn) (dbus.ObjectPath, *os.File) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	t.Cleanup(func() { w.Close() })
 	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Close(ends[0])
 	t.Cleanup(func() { unix.Close(ends[1]) })
+	options[api.OptFile] = dbus.MakeVariant(dbus.UnixFD(f.Fd()))
 	var job dbus.ObjectPath
-	if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".StartVM", dbus.UnixFD(ends[0]), map[string]dbus.Variant{
-		api.OptFile: dbus.MakeVariant(dbus.UnixFD(f.Fd())), api.OptData: dbus.MakeVariant(dbus.UnixFD(r.Fd()))}).Store(&job); err != nil {
+	if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".StartVM", dbus.UnixFD(ends[0]), options).Store(&job); err != nil {
 		t.Fatal(err)
 	}
-	return job, w
+	return job
 }
 
 // awaitState waits until the job is in the state.
@@ -469,33 +476,6 @@ func TestPolkitDecides(t *testing.T) {
 	})
 }
 
-// startConsole starts a virtual machine of the connection's user that finds nothing
-// to boot.
-func startConsole(t *testing.T, conn *dbus.Conn) dbus.ObjectPath {
-	t.Helper()
-	disk := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.Open(disk)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(ends[0])
-	t.Cleanup(func() { unix.Close(ends[1]) })
-	var job dbus.ObjectPath
-	if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".StartVM", dbus.UnixFD(ends[0]), map[string]dbus.Variant{
-		api.OptFile: dbus.MakeVariant(dbus.UnixFD(f.Fd()))}).Store(&job); err != nil {
-		t.Fatal(err)
-	}
-	return job
-}
-
 // Users do not keep root, or each other's proofs, from working: their jobs end, and
 // of the places for machines their consoles take all but one.
 func TestUsersLeaveRoom(t *testing.T) {
@@ -531,7 +511,7 @@ func TestUsersLeaveRoom(t *testing.T) {
 	cancel(roots)
 
 	userTime = standard
-	consoles := []dbus.ObjectPath{startConsole(t, games), startConsole(t, mail)}
+	consoles := []dbus.ObjectPath{startMachine(t, games, map[string]dbus.Variant{}), startMachine(t, mail, map[string]dbus.Variant{})}
 	for get(consoles[0], "State") == api.StateRunning && get(consoles[1], "State") == api.StateRunning {
 		time.Sleep(10 * time.Millisecond) // or the test's limit ends it
 	}
@@ -541,7 +521,7 @@ func TestUsersLeaveRoom(t *testing.T) {
 	if said := get(consoles[0], "Message"); !strings.Contains(said, "a user's console runs already") {
 		t.Errorf("one user's console too many ends so: %q", said)
 	}
-	roots = startConsole(t, root)
+	roots = startMachine(t, root, map[string]dbus.Variant{})
 	awaitState(t, root, consoles[1], api.StateRunning)
 	awaitState(t, root, roots, api.StateRunning)
 	cancel(consoles[1])
