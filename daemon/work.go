@@ -102,7 +102,7 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 			return nil, err
 		}
 		defer os.Remove(dir) // where nothing came into it
-		tooLong := limitError("it ran for more than %s, which only root's jobs may", userTime)
+		tooLong := limitError("it ran for more than %.0f hours, which only root's jobs may", userTime.Hours())
 		if c.uid != 0 {
 			var done func()
 			ctx, done = context.WithTimeoutCause(ctx, userTime, tooLong)
@@ -113,6 +113,7 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 			defer func() {
 				done()
 				limit := int64(s.config().CacheLimit) << 20
+				// One user leaves the others half of it.
 				if err := cache.Trim(s.config().CacheDir, limit, limit/2); err != nil {
 					fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
 				}

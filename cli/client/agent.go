@@ -17,23 +17,23 @@ const agentStart = 5 * time.Second
 
 // startAgent starts polkit's agent for terminals, and waits until it is ready to
 // ask on behalf of this process: as a fallback, so that an agent of the session
-// comes first. Where there is no terminal or no such agent, nothing happens: asks
-// is false, and the call then says that it was denied. Call stop when nobody is to
-// be asked any more; it waits for the agent's end.
-func startAgent(ctx context.Context) (asks bool, stop func()) {
+// comes first. Where there is no terminal or no such agent, nothing happens: the
+// call then says that it was denied. Call stop when nobody is to be asked any
+// more; it waits for the agent's end.
+func startAgent(ctx context.Context) (stop func()) {
 	nothing := func() {}
 	terminal, err := os.Open("/dev/tty") // where it asks, wherever our input comes from
 	if err != nil {
-		return false, nothing
+		return nothing
 	}
 	terminal.Close()
 	program, err := exec.LookPath("pkttyagent")
 	if err != nil {
-		return false, nothing
+		return nothing
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
-		return false, nothing
+		return nothing
 	}
 	defer r.Close()
 	cmd := exec.Command(program, "--process", strconv.Itoa(os.Getpid()), "--notify-fd", "3")
@@ -47,11 +47,14 @@ func startAgent(ctx context.Context) (asks bool, stop func()) {
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
-		return false, nothing
+		return nothing
 	}
 	stop = func() {
 		_ = cmd.Process.Signal(unix.SIGTERM) // it gives the terminal back as it was
 		_ = cmd.Wait()                       // how it ended matters no more
+		if ctx.Err() != nil {
+			leavePrompt()
+		}
 	}
 	ready := make(chan struct{})
 	go func() {
@@ -64,7 +67,7 @@ func startAgent(ctx context.Context) (asks bool, stop func()) {
 	case <-time.After(agentStart):
 		r.Close()
 	}
-	return true, stop
+	return stop
 }
 
 // leavePrompt begins a new line on the terminal on which an agent has asked.

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -299,12 +298,7 @@ const startGrace = 3 * time.Second
 // returned, to be followed to its end; one that waits for somebody to allow it
 // never begins.
 func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.ObjectPath, error) {
-	asking := false
-	if c.private == nil && os.Geteuid() != 0 {
-		var stop func()
-		asking, stop = startAgent(ctx)
-		defer stop()
-	}
+	defer c.letAsk(ctx)()
 	var job dbus.ObjectPath
 	started := make(chan error, 1)
 	go func() {
@@ -317,9 +311,6 @@ func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.Ob
 		}
 		return "", ctx.Err() // what came of a Ctrl-C
 	case <-ctx.Done():
-		if asking {
-			leavePrompt()
-		}
 	}
 	select {
 	case err := <-started:
@@ -335,24 +326,28 @@ func (c *Client) Start(ctx context.Context, method string, args ...any) (dbus.Ob
 	return "", ctx.Err()
 }
 
-// validJob is what a job's ID is made of: the element of an object path.
-var validJob = regexp.MustCompile(`^[A-Za-z0-9_]+$`)
+// letAsk lets polkit ask on this terminal, where it may have to, until stop is
+// called.
+func (c *Client) letAsk(ctx context.Context) (stop func()) {
+	if c.private != nil || os.Geteuid() == 0 {
+		return func() {}
+	}
+	return startAgent(ctx)
+}
 
 // CancelJob cancels a job, waits until nothing of it runs any more, and returns
 // how it ended, which may have been before. Who must allow it is asked as by
 // [Client.Start].
 func (c *Client) CancelJob(ctx context.Context, id string) (job api.Job, err error) {
-	if !validJob.MatchString(id) {
+	path := api.JobPath(id)
+	if !path.IsValid() { // for which the bus would close the connection
 		return job, noJob(id)
 	}
-	if c.private == nil && os.Geteuid() != 0 {
-		_, stop := startAgent(ctx)
-		defer stop()
-	}
+	defer c.letAsk(ctx)()
 	var props api.Properties
-	err = c.call(ctx, api.JobPath(id), api.JobInterface+".Cancel", []any{api.Properties{}})
+	err = c.call(ctx, path, api.JobInterface+".Cancel", []any{api.Properties{}})
 	if err == nil {
-		err = c.call(ctx, api.JobPath(id), api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props)
+		err = c.call(ctx, path, api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props)
 	}
 	if api.ErrorName(err) == "org.freedesktop.DBus.Error.UnknownObject" {
 		return job, noJob(id)

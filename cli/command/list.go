@@ -95,41 +95,30 @@ func userName(uid uint32) string {
 
 func newCancel(g *global) *cobra.Command {
 	return &cobra.Command{
-		Use:   "cancel JOB...",
-		Short: "Cancel jobs, and wait until nothing of them runs any more",
-		Long: `Cancels jobs that run, as Ctrl-C does in the command that started one: a job goes
+		Use:   "cancel JOB",
+		Short: "Cancel a job, and wait until nothing of it runs any more",
+		Long: `Cancels a job that runs, as Ctrl-C does in the command that started it: a job goes
 on when that command's terminal is gone. memlinux jobs lists them. A stick that was
 being written does not boot then; memlinux write --resume goes on with it.`,
 		Example: `  memlinux cancel 20261129_223204_c6deda`,
 		Args: func(_ *cobra.Command, a []string) error {
-			if len(a) == 0 {
-				return usagef("give a JOB; memlinux jobs lists them")
+			if len(a) != 1 {
+				return usagef("give one JOB; memlinux jobs lists them")
 			}
 			return nil
 		},
 		RunE: func(c *cobra.Command, a []string) error {
-			conn, err := client.Connect(c.Context(), g.private)
-			if err != nil {
+			job, err := ask(c.Context(), g, func(conn *client.Client, ctx context.Context) (api.Job, error) { return conn.CancelJob(ctx, a[0]) })
+			switch {
+			case err != nil:
 				return err
+			case job.State != api.StateCancelled:
+				return &api.Error{Name: api.ErrFailed, Message: fmt.Sprintf("%s %s can't be cancelled: it has ended before, and %s", job.Kind, job.ID, job.State)}
+			case g.json:
+				return printObjects([]api.Job{job})
 			}
-			defer conn.Close()
-			for _, id := range a {
-				job, err := conn.CancelJob(c.Context(), id)
-				if err != nil {
-					return err
-				}
-				if job.State != api.StateCancelled {
-					return &api.Error{Name: api.ErrFailed, Message: fmt.Sprintf("%s %s can't be cancelled: it has ended before, and %s", job.Kind, job.ID, job.State)}
-				}
-				if g.json {
-					if err := printObjects([]api.Job{job}); err != nil {
-						return err
-					}
-					continue
-				}
-				fmt.Printf("%s %s: %s\n", job.Kind, job.ID, job.Message)
-			}
-			return nil
+			_, err = fmt.Printf("%s %s: %s\n", job.Kind, job.ID, job.Message)
+			return err
 		},
 	}
 }

@@ -175,7 +175,7 @@ func TestBadCommandLines(t *testing.T) {
 		{"initrd without a kernel", []string{"vm", "--initrd", "x", "y"}, "--kernel"},
 		{"build to nowhere", []string{"build"}, "-o DIR"},
 		{"remove nothing", []string{"remove"}, "the ID of one entry"},
-		{"cancel nothing", []string{"cancel"}, "give a JOB"},
+		{"cancel nothing", []string{"cancel"}, "give one JOB"},
 		{"next of two", []string{"next", "a", "b"}, "the ID of one entry"},
 		{"install what", []string{"install", "stick.img"}, "stick.img"},
 	} {
