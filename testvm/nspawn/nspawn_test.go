@@ -1,9 +1,10 @@
 package nspawn
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -54,9 +55,19 @@ systemd-run --quiet --wait --pipe --property=DynamicUser=yes --property=PrivateN
 func TestNothingIsLeft(t *testing.T) {
 	need.Root(t)
 	Run(t, Debian{Script: "sleep infinity &\nbusctl list > /dev/null"})
-	own := fmt.Sprintf("%s%d-*", prefix, os.Getpid())
-	left, err := exec.Command("find", "/sys/fs/cgroup", "/run/systemd/nspawn", "-name", own).CombinedOutput()
-	if err != nil || len(left) > 0 {
-		t.Errorf("left behind: %s %v", left, err)
+	own := fmt.Sprintf("%s%d-", prefix, os.Getpid())
+	for _, dir := range []string{"/sys/fs/cgroup", "/run/systemd/nspawn"} {
+		err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil // nothing made it, or another test's is going
+			}
+			if err == nil && strings.HasPrefix(e.Name(), own) {
+				t.Errorf("left behind: %s", path)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
 	}
 }
