@@ -34,8 +34,8 @@ var cutKinds = []struct {
 	subsets int      // random states for each piece of the log between two flushes
 	after   bool     // judge each third also after the journal is replayed, by e2fsck
 }{
-	{"ext4", 32 << 20, "mkfs.ext4", "e2fsprogs", []string{"-q", "-F"}, nil, 30, true},
-	{"vfat", 32 << 20, "mkfs.vfat", "dosfstools", []string{"-F", "16"}, []string{"fat", "vfat", "nls_cp437", "nls_ascii", "nls_utf8"}, 60, false},
+	{"ext4", 32 << 20, "mkfs.ext4", "e2fsprogs", []string{"-q", "-F"}, nil, 12, true},
+	{"vfat", 32 << 20, "mkfs.vfat", "dosfstools", []string{"-F", "16"}, []string{"fat", "vfat", "nls_cp437", "nls_ascii", "nls_utf8"}, 24, false},
 	{"xfs", 320 << 20, "mkfs.xfs", "xfsprogs", []string{"-q", "-f"}, []string{"xfs", "libcrc32c"}, 2, false},
 	{"btrfs", 128 << 20, "mkfs.btrfs", "btrfs-progs", []string{"-q", "-f"}, []string{"btrfs", "zstd_compress", "raid6_pq", "xor", "libcrc32c"}, 2, false},
 }

@@ -22,7 +22,7 @@ anna() { runuser -u anna -- "$@"; }
 # Type, mode, owner, name and content of all that a boot loader reads, and the
 # variables that we could have set.
 list() {
-	find /boot $(ls -d /efi 2>/dev/null) -printf '%y %m %U:%G %p\n' -type f -exec sha256sum {} \; | sort
+	find /boot $(ls -d /efi 2>/dev/null) -printf '%y %m %U:%G %p\n' -type f -exec sha256sum {} + | sort
 	ls /sys/firmware/efi/efivars 2>/dev/null | grep -E '^LoaderEntry(OneShot|Default)' || true
 }
 `
