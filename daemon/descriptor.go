@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,8 +33,8 @@ const look = 2 * time.Second
 
 // examine says why f can't be taken. A file that another program serves (FUSE) is
 // only taken from root: whoever reads it waits for as long as that program likes,
-// and can't be killed.
-func examine(f *os.File, want kind, uid uint32) error {
+// and can't be killed. What does not answer in time is still under way in looks.
+func examine(f *os.File, want kind, uid uint32, looks *sync.WaitGroup) error {
 	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0) // asks nobody
 	if err != nil {
 		return fmt.Errorf("the descriptor can't be looked at: %w", err)
@@ -56,10 +57,10 @@ func examine(f *os.File, want kind, uid uint32) error {
 	if err != nil {
 		return err
 	}
-	go func() {
+	looks.Go(func() {
 		defer unix.Close(own)
 		found <- examineType(own, want, uid)
-	}()
+	})
 	select {
 	case err := <-found:
 		return err
@@ -68,15 +69,15 @@ func examine(f *os.File, want kind, uid uint32) error {
 	}
 }
 
-// fuse is the file system of programs (linux/magic.h, FUSE_SUPER_MAGIC).
-const fuse = 0x65735546
+// fuseMagic is the file system of programs (linux/magic.h, FUSE_SUPER_MAGIC).
+const fuseMagic = 0x65735546
 
 func examineType(fd int, want kind, uid uint32) error {
 	var fs unix.Statfs_t
 	if err := unix.Fstatfs(fd, &fs); err != nil {
 		return fmt.Errorf("the descriptor can't be looked at: %w", err)
 	}
-	if fs.Type == fuse && uid != 0 {
+	if fs.Type == fuseMagic && uid != 0 {
 		return errors.New("the file is one that another program serves (FUSE), which could hold memlinuxd up; copy it to a disk first")
 	}
 	var st unix.Stat_t

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -72,7 +73,7 @@ func TestDescriptorsAreLookedAt(t *testing.T) {
 			for _, k := range c.fits {
 				fits = fits || k == want
 			}
-			if err := examine(f, want, 1000); (err == nil) != fits {
+			if err := examine(f, want, 1000, new(sync.WaitGroup)); (err == nil) != fits {
 				t.Errorf("%s as %d: %v", c.name, want, err)
 			}
 		}

@@ -3,20 +3,18 @@ package daemon
 import (
 	"context"
 	"fmt"
-	"os"
 	"sync"
 
 	"github.com/godbus/dbus/v5"
 
 	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/busguard"
 )
 
 // What callers may have in work at once. A person's command has one call; these
 // bound what a program can cost that calls and calls. A message of the greatest
 // size is some MiB once it is decoded.
 const (
-	maxMessage = 2 << 20 // bytes of a call
-
 	callsPerClient = 32 // a connection's
 	callsPerUser   = 64 // all connections' of a user but root
 	callsInAll     = 512
@@ -59,7 +57,7 @@ type client struct {
 type arrival struct {
 	client *client
 	load   load
-	files  []*os.File
+	files  []int   // descriptors; -1 for those that were taken
 	uid    *uint32 // once it counts for a user
 }
 
@@ -72,23 +70,23 @@ func limitError(format string, args ...any) error {
 	return &api.Error{Name: api.ErrLimitsExceeded, Message: fmt.Sprintf(format, args...)}
 }
 
-// enter lets a call in, or says why not. The files are closed then.
-func (g *gate) enter(ctx context.Context, msg *dbus.Message, size int, files []*os.File) error {
+// enter lets a call in, or says why not. Then its descriptors are closed.
+func (g *gate) enter(ctx context.Context, msg *dbus.Message, size int, files []int) error {
 	sender, _ := msg.Headers[dbus.FieldSender].Value().(string)
 	l := load{1, size, len(files)}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	var err error
 	switch c := g.clients[sender]; {
-	case size > maxMessage:
-		err = limitError("the call has %d KiB, and %d are the most; send large things as files", size>>10, maxMessage>>10)
+	case size > busguard.MaxMessage:
+		err = limitError("the call has %d KiB, and %d are the most; send large things as files", size>>10, busguard.MaxMessage>>10)
 	case c != nil && c.calls >= callsPerClient:
 		err = limitError("%d calls of this connection are not answered yet; wait for their answers", c.calls)
 	case g.all.calls >= callsInAll || g.all.bytes+size > bytesInAll || g.all.files+len(files) > filesInAll:
 		err = limitError("memlinuxd has %d calls to answer; try again in a moment", g.all.calls)
 	}
 	if err != nil {
-		closeAll(files)
+		busguard.Discard(files)
 		return err
 	}
 	c := g.hold(ctx, sender)
@@ -193,9 +191,9 @@ func (g *gate) left(name string) {
 // arrive is the guard's: it lets calls in, in the order in which they come, and
 // refuses at once what is too much. It waits for nothing: the bus drops calls when
 // its queue for us is full.
-func (s *Server) arrive(msg *dbus.Message, size int, files []*os.File) {
+func (s *Server) arrive(msg *dbus.Message, size int, files []int) {
 	if msg.Type != dbus.TypeMethodCall {
-		closeAll(files)
+		busguard.Discard(files)
 		if name, ok := lostName(msg); ok {
 			s.life.gone(name) // behind its calls, as they come here in order
 		}
@@ -244,8 +242,7 @@ func (s *Server) refuse(ctx context.Context) {
 
 // overhear is the guard's of the connection for our own questions. Nobody has a
 // reason to call that.
-func (s *Server) overhear(msg *dbus.Message, _ int, files []*os.File) {
-	closeAll(files)
+func (s *Server) overhear(msg *dbus.Message, _ int, _ []int) {
 	if name, ok := lostName(msg); ok {
 		s.gate.left(name)
 	}

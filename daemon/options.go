@@ -101,11 +101,12 @@ func (o *options) own(v any, want kind, what string) *os.File {
 		o.err = err
 		return nil
 	}
-	o.files = append(o.files, f)
-	if err := examine(f, want, o.call.uid); err != nil {
+	if err := examine(f, want, o.call.uid, o.call.looks); err != nil {
+		o.call.looks.Go(func() { f.Close() }) // which may wait, too
 		o.fail("%s: %v", what, err)
 		return nil
 	}
+	o.files = append(o.files, f)
 	return f
 }
 

@@ -11,11 +11,13 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sync/singleflight"
+	"golang.org/x/sys/unix"
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/busguard"
@@ -77,7 +79,7 @@ func Serve(ctx context.Context, address string, authority Authority, c config.Co
 	for _, option := range options {
 		option(s)
 	}
-	conn, err := connect(address, s.arrive, dbus.WithHandler(s))
+	conn, err := connect(address, dbus.TypeMethodCall, s.arrive, dbus.WithHandler(s))
 	if err != nil {
 		return err
 	}
@@ -85,7 +87,7 @@ func Serve(ctx context.Context, address string, authority Authority, c config.Co
 	s.conn = conn
 	s.life.is(conn.Names()[0])
 	if address == "" { // a bus of our own has no systemd on it
-		if s.units, err = systemd.OwnUnits(ctx, systemBus()); err != nil {
+		if s.units, err = systemd.OwnUnits(ctx, busguard.SystemBus()); err != nil {
 			return err
 		}
 		if s.units != nil {
@@ -93,7 +95,7 @@ func Serve(ctx context.Context, address string, authority Authority, c config.Co
 			sandbox.Use(s.compile)
 		}
 	}
-	if s.aside, err = connect(address, s.overhear); err != nil {
+	if s.aside, err = connect(address, 0, s.overhear); err != nil {
 		return err
 	}
 	defer s.aside.Close()
@@ -177,24 +179,15 @@ func (s *Server) own() error {
 	return nil
 }
 
-func connect(address string, arrive busguard.Arrive, options ...dbus.ConnOption) (*dbus.Conn, error) {
+func connect(address string, takes dbus.Type, arrive busguard.Arrive, options ...dbus.ConnOption) (*dbus.Conn, error) {
 	if address == "" {
-		address = systemBus()
+		address = busguard.SystemBus()
 	}
-	conn, err := busguard.Dial(address, arrive, options...)
+	conn, err := busguard.Dial(address, takes, arrive, options...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the bus: %w", err)
 	}
 	return conn, nil
-}
-
-// systemBus is the address of the system bus (D-Bus specification, "Well-known
-// Message Bus Instances").
-func systemBus() string {
-	if address := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); address != "" {
-		return address
-	}
-	return "unix:path=/var/run/dbus/system_bus_socket"
 }
 
 // Where a method can be called.
@@ -303,8 +296,9 @@ type call struct {
 	interactive bool   // somebody may be asked
 	action      string // that was allowed; "" for reading
 	args        []any
-	files       []*os.File  // the descriptors; nil those that were taken
-	target      *api.Target // what it is about, for the journal; nil for nothing
+	files       []int           // the descriptors; -1 for those that were taken
+	looks       *sync.WaitGroup // at descriptors that are still under way
+	target      *api.Target     // what it is about, for the journal; nil for nothing
 }
 
 // take gives the caller of take the descriptor, to close it.
@@ -312,12 +306,12 @@ func (c *call) take(fd dbus.UnixFDIndex) (*os.File, error) {
 	if int64(fd) >= int64(len(c.files)) {
 		return nil, invalidOption("the call names descriptor %d and brings %d", fd, len(c.files))
 	}
-	f := c.files[fd]
-	if f == nil {
+	n := c.files[fd]
+	if n < 0 {
 		return nil, invalidOption("one descriptor was given for two things; give each its own")
 	}
-	c.files[fd] = nil
-	return f, nil
+	c.files[fd] = -1
+	return os.NewFile(uintptr(n), "the given file"), nil
 }
 
 var errStopping = &api.Error{Name: api.ErrBusy, Message: "memlinuxd is stopping; try again in a moment"}
@@ -325,14 +319,29 @@ var errStopping = &api.Error{Name: api.ErrBusy, Message: "memlinuxd is stopping;
 // dispatch is the one way to every method.
 func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.Message) (ret []any, err error) {
 	a := s.gate.taken(msg)
+	var looks sync.WaitGroup
 	defer func() {
 		if p := recover(); p != nil {
 			fmt.Fprintf(os.Stderr, "memlinuxd: %s.%s: panic: %v\n%s", iface, member, p, debug.Stack())
 			ret, err = nil, &api.Error{Name: api.ErrFailed, Message: fmt.Sprintf("internal error: %v; please report it with the daemon's log", p)}
 		}
-		closeAll(a.files)
-		s.gate.answered(msg)
-		s.life.answered(a.client.name)
+		// The program that serves a descriptor (FUSE) may let all that concerns
+		// it wait: the call counts as long as it does, and its answer goes out.
+		settle := func() {
+			for _, fd := range a.files {
+				if fd >= 0 {
+					_ = unix.Close(fd)
+				}
+			}
+			looks.Wait()
+			s.gate.answered(msg)
+			s.life.answered(a.client.name)
+		}
+		if len(a.files) > 0 {
+			go settle()
+		} else {
+			settle()
+		}
 		err = bounded(err)
 	}()
 	select { // a call to our unique name can come before we are ready
@@ -349,7 +358,7 @@ func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.
 		return nil, dbus.NewError("org.freedesktop.DBus.Error.InvalidArgs",
 			[]any{fmt.Sprintf("%s takes arguments of the signature %q, not %q", member, m.in, signature.String())})
 	}
-	c := &call{ctx: a.client.ctx, path: path, client: a.client, args: msg.Body, files: a.files,
+	c := &call{ctx: a.client.ctx, path: path, client: a.client, args: msg.Body, files: a.files, looks: &looks,
 		interactive: msg.Flags&dbus.FlagAllowInteractiveAuthorization != 0}
 	if c.uid, err = s.userOf(a.client); err != nil {
 		return nil, err

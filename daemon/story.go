@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/busguard"
 	"github.com/memlinux/memlinux/media/blockdev"
 	"github.com/memlinux/memlinux/systemd"
 )
@@ -64,7 +65,7 @@ func (s *story) began(ctx context.Context, j api.Job, target *api.Target) (end f
 	if !ok {
 		return func() {}
 	}
-	release, err := systemd.Inhibit(ctx, systemBus(), fmt.Sprintf(why, about.where(" on ")))
+	release, err := systemd.Inhibit(ctx, busguard.SystemBus(), fmt.Sprintf(why, about.where(" on ")))
 	if err != nil {
 		s.write("", systemd.Info, j, "does not keep the machine up: "+err.Error())
 		return func() {}

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/godbus/dbus/v5"
+
 	"github.com/memlinux/memlinux/testvm/need"
 	"github.com/memlinux/memlinux/testvm/nspawn"
 )
@@ -128,6 +130,9 @@ func service(what string) error {
 		return errors.New("systemd does not know this service")
 	}
 	defer units.Close()
+	if err := hostileSignal(units.conn.Names()[0]); err != nil {
+		return err
+	}
 	if what == "hang" {
 		wait, err := units.Start(ctx, exec.Command("/bin/sh", "-c", "sleep 1000 & sleep 1001 & setsid sleep 1002"), Unit{Name: "hang"})
 		if err != nil {
@@ -215,6 +220,19 @@ func service(what string) error {
 		fmt.Printf("%s: %q %v (%d ms)\n", c.name, said, err, time.Since(begin).Milliseconds())
 	}
 	return nil
+}
+
+// hostileSignal sends what godbus panics on, as any user may.
+func hostileSignal(to string) error {
+	conn, err := dbus.ConnectSystemBus()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	body := []any{[]dbus.UnixFD{0, 0}}
+	return conn.Send(&dbus.Message{Type: dbus.TypeSignal, Body: body, Headers: map[dbus.HeaderField]dbus.Variant{
+		dbus.FieldDestination: dbus.MakeVariant(to), dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath("/a")), dbus.FieldInterface: dbus.MakeVariant("a.b"),
+		dbus.FieldMember: dbus.MakeVariant("C"), dbus.FieldSignature: dbus.MakeVariant(dbus.SignatureOf(body...))}}, nil).Err
 }
 
 // input is a file of that text.

@@ -21,12 +21,15 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/busguard"
 )
 
 // Client is a connection to memlinuxd.
 type Client struct {
 	conn    *dbus.Conn
 	private *privateDaemon // nil on the system bus
+
+	daemons sync.Map // unique names that have been memlinuxd's; such a name never comes again
 
 	mu        sync.Mutex
 	following map[dbus.ObjectPath]chan *dbus.Signal // of each job that is followed
@@ -54,7 +57,7 @@ func Connect(ctx context.Context, private bool) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := dial(ctx, func(o ...dbus.ConnOption) (*dbus.Conn, error) { return dbus.Connect(address, o...) })
+	c, err := dial(ctx, address)
 	if err != nil {
 		daemon.stop()
 		return nil, fmt.Errorf("connect to the private bus: %w", err)
@@ -65,7 +68,7 @@ func Connect(ctx context.Context, private bool) (*Client, error) {
 
 // connectSystem returns nil and no error where there is no service to reach.
 func connectSystem(ctx context.Context) (*Client, error) {
-	c, err := dial(ctx, dbus.ConnectSystemBus)
+	c, err := dial(ctx, busguard.SystemBus())
 	if err != nil {
 		return nil, nil //nolint:nilerr // no system bus: a private one may do
 	}
@@ -85,25 +88,52 @@ func connectSystem(ctx context.Context) (*Client, error) {
 	return c, nil
 }
 
-func dial(ctx context.Context, connect func(...dbus.ConnOption) (*dbus.Conn, error)) (*Client, error) {
+func dial(ctx context.Context, address string) (*Client, error) {
+	c := &Client{following: map[dbus.ObjectPath]chan *dbus.Signal{}}
 	// The default handler may deliver signals out of order.
-	conn, err := connect(dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
+	conn, err := busguard.Dial(address, 0, c.hear, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
 	if err != nil {
 		return nil, err
 	}
-	c := &Client{conn: conn, following: map[dbus.ObjectPath]chan *dbus.Signal{}}
+	c.conn = conn
 	signals := make(chan *dbus.Signal, 64)
 	conn.Signal(signals)
 	go c.route(signals)
 	err = errors.Join(
 		conn.AddMatchSignalContext(ctx, dbus.WithMatchSender(api.BusName), dbus.WithMatchPathNamespace(api.ManagerPath)),
-		conn.AddMatchSignalContext(ctx, dbus.WithMatchSender("org.freedesktop.DBus"), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchArg(0, api.BusName)))
+		conn.AddMatchSignalContext(ctx, dbus.WithMatchSender(busName), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchArg(0, api.BusName)))
 	if err != nil {
 		c.Close()
 		return nil, err
 	}
+	var owner string
+	if conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.GetNameOwner", 0, api.BusName).Store(&owner) == nil { // else it is started yet
+		c.daemons.Store(owner, true)
+	}
 	return c, nil
 }
+
+// hear is the guard's: calls, and signals of anybody but the bus and memlinuxd, go
+// no further. Every user can send them to us.
+func (c *Client) hear(msg *dbus.Message, _ int, _ []int) {
+	sender, _ := msg.Headers[dbus.FieldSender].Value().(string)
+	switch {
+	case msg.Type == dbus.TypeMethodCall:
+		msg.Type = 0
+	case msg.Type != dbus.TypeSignal:
+	case sender == busName:
+		if msg.Headers[dbus.FieldMember].Value() == "NameOwnerChanged" && len(msg.Body) == 3 && msg.Body[0] == api.BusName {
+			c.daemons.Store(msg.Body[2], true)
+		}
+	default:
+		if _, ours := c.daemons.Load(sender); !ours {
+			msg.Type = 0
+		}
+	}
+}
+
+// busName is the bus itself.
+const busName = "org.freedesktop.DBus"
 
 // Close ends the connection, and the private daemon where there is one; it
 // waits until that has ended.

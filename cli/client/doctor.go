@@ -12,6 +12,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/busguard"
 )
 
 // Doctor asks the daemon what it needs of this machine, and how it is with it.
@@ -45,7 +46,11 @@ const (
 func CheckBus(ctx context.Context) []api.Check {
 	ctx, cancel := context.WithTimeout(ctx, busLimit)
 	defer cancel()
-	conn, err := dbus.ConnectSystemBus()
+	conn, err := busguard.Dial(busguard.SystemBus(), 0, func(msg *dbus.Message, _ int, _ []int) {
+		if msg.Type != dbus.TypeMethodReply && msg.Type != dbus.TypeError {
+			msg.Type = 0
+		}
+	})
 	if err != nil {
 		c := api.Check{Name: "system bus", State: api.CheckFailed, Text: "it can't be reached: " + err.Error(), Mend: "sudo apt install dbus, and start the machine again; or run the command as root, which then brings a bus of its own"}
 		if os.Geteuid() == 0 {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
@@ -18,6 +19,7 @@ func call(t testing.TB, args ...any) []byte {
 	t.Helper()
 	msg := &dbus.Message{Type: dbus.TypeMethodCall, Body: args, Headers: map[dbus.HeaderField]dbus.Variant{
 		dbus.FieldPath:      dbus.MakeVariant(dbus.ObjectPath("/a")),
+		dbus.FieldInterface: dbus.MakeVariant("a.b"), // so that it can be made a signal
 		dbus.FieldMember:    dbus.MakeVariant("Test"),
 		dbus.FieldSignature: dbus.MakeVariant(dbus.SignatureOf(args...)),
 		dbus.FieldUnixFDs:   dbus.MakeVariant(uint32(1)),
@@ -58,7 +60,9 @@ func afterAuth(t *testing.T) (*guard, *net.UnixConn) {
 		ends[i] = c.(*net.UnixConn)
 		t.Cleanup(func() { c.Close() })
 	}
-	return &guard{bus: &reader{from: ends[0], oob: make([]byte, unix.CmsgSpace(4*maxFiles))}, socket: ends[0], begun: true}, ends[1]
+	g := newGuard(ends[0], dbus.TypeMethodCall)
+	g.begun = true
+	return g, ends[1]
 }
 
 func openFiles(t *testing.T) int {
@@ -121,12 +125,8 @@ func TestHostileMessages(t *testing.T) {
 		if !c.dropped && len(files) != c.files {
 			t.Errorf("%s: %d descriptors, want %d", c.name, len(files), c.files)
 		}
-		for _, f := range files {
-			f.Close()
-		}
-		if n := openFiles(t); n != before {
-			t.Errorf("%s: %d descriptors are open, %d were", c.name, n, before)
-		}
+		Discard(files)
+		settles(t, c.name, before)
 	}
 	// What godbus drops before anybody takes its files.
 	if _, _, err := bus.WriteMsgUnix(call(t, fd), unix.UnixRights(0), nil); err != nil {
@@ -140,8 +140,156 @@ func TestHostileMessages(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := openFiles(t); n != before {
-		t.Errorf("a message that nobody took: %d descriptors are open, %d were", n, before)
+	settles(t, "a message that nobody took", before)
+}
+
+// settles waits until as many descriptors are open as were before.
+func settles(t *testing.T, name string, before int) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); openFiles(t) != before; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %d descriptors are open, %d were", name, openFiles(t), before)
+		}
+	}
+}
+
+// Descriptors are taken only with what may bring them, and no more of them than
+// can be closed again.
+func TestUnwantedDescriptors(t *testing.T) {
+	g, bus := afterAuth(t)
+	before := openFiles(t)
+	signal := call(t, dbus.UnixFD(0))
+	signal[1] = byte(dbus.TypeSignal)
+	for _, c := range []struct {
+		name    string
+		message []byte
+		closing int64 // already
+		takes   dbus.Type
+		want    int
+	}{
+		{"a call", call(t, dbus.UnixFD(0)), 0, dbus.TypeMethodCall, 3},
+		{"a signal", signal, 0, dbus.TypeMethodCall, 0},
+		{"a call where nobody calls", call(t, dbus.UnixFD(0)), 0, 0, 0},
+		{"a call of who has too many", call(t, dbus.UnixFD(0)), maxDiscarding, dbus.TypeMethodCall, 0},
+		{"a call after that", call(t, dbus.UnixFD(0)), 0, dbus.TypeMethodCall, 3},
+	} {
+		g.takes = c.takes
+		discarding.Add(c.closing)
+		if _, _, err := bus.WriteMsgUnix(c.message, unix.UnixRights(0, 0, 0), nil); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(c.message))
+		if _, err := io.ReadFull(g, got); err != nil || !bytes.Equal(got, c.message) {
+			t.Errorf("%s: got %x, %v", c.name, got, err)
+		}
+		discarding.Add(-c.closing)
+		files := g.takeFiles()
+		if len(files) != c.want || openFiles(t) != before+c.want {
+			t.Errorf("%s: %d descriptors, want %d; %d are open, %d were", c.name, len(files), c.want, openFiles(t), before)
+		}
+		Discard(files)
+		settles(t, c.name, before)
+	}
+}
+
+// Of what is too long, the header is there, so that it can be answered; a reply may
+// be long.
+func TestLongMessages(t *testing.T) {
+	g, bus := afterAuth(t)
+	long := strings.Repeat("x", MaxMessage)
+	reply := call(t, long)
+	reply[1] = byte(dbus.TypeMethodReply)
+	tooLong := call(t, long, dbus.UnixFD(0))
+	binary.LittleEndian.PutUint32(tooLong[8:], 4711)
+	path := dbus.MakeVariant(dbus.ObjectPath("/" + long))
+	var noHeader bytes.Buffer
+	if err := (&dbus.Message{Type: dbus.TypeMethodCall, Headers: map[dbus.HeaderField]dbus.Variant{dbus.FieldPath: path, dbus.FieldMember: dbus.MakeVariant("Test")}}).EncodeTo(&noHeader, binary.LittleEndian); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for _, message := range [][]byte{tooLong, noHeader.Bytes(), call(t, "next")} {
+			_, _ = bus.Write(message) // what is missing is seen
+		}
+	}()
+	msg, err := dbus.DecodeMessage(g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g.size != len(tooLong) || msg.Type != dbus.TypeMethodCall || msg.Serial() != 4711 || len(msg.Body) != 0 || msg.Headers[dbus.FieldMember].Value() != "Test" || msg.Headers[dbus.FieldPath].Value() != dbus.ObjectPath("/a") {
+		t.Errorf("got %d bytes for %d, and %v", g.size, len(tooLong), msg)
+	}
+	if msg, err := dbus.DecodeMessage(g); err != nil || len(msg.Body) != 1 || msg.Body[0] != "next" {
+		t.Errorf("behind them: %v, %v", msg, err)
+	}
+	if got, size, err := readMessage(bytes.NewReader(reply)); err != nil || size != len(reply) || !bytes.Equal(got, reply) {
+		t.Errorf("a long reply: %d bytes, %d, %v", len(got), size, err)
+	}
+}
+
+// Descriptors go out wherever a caller lays them.
+func TestDescriptorsGoOut(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	fd := dbus.UnixFD(w.Fd())
+	type property struct {
+		Name  string
+		Value dbus.Variant
+	}
+	for _, c := range []struct {
+		name      string
+		body      []any
+		signature string
+		files     int
+	}{
+		{"an argument", []any{"x", fd}, "sh", 1},
+		{"in an option", []any{map[string]dbus.Variant{"a": dbus.MakeVariant(fd), "b": dbus.MakeVariant(map[string]dbus.Variant{"c": dbus.MakeVariant(fd)})}, fd}, "a{sv}h", 3},
+		{"in a property", []any{[]property{{"a", dbus.MakeVariant(true)}, {"b", dbus.MakeVariant(fd)}}}, "a(sv)", 1},
+		{"none", []any{"x", []byte("y"), map[string]dbus.Variant{}}, "saya{sv}", 0},
+	} {
+		g, bus := afterAuth(t)
+		msg := &dbus.Message{Type: dbus.TypeMethodCall, Body: c.body, Headers: map[dbus.HeaderField]dbus.Variant{
+			dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath("/a")), dbus.FieldMember: dbus.MakeVariant("Test"), dbus.FieldSignature: dbus.MakeVariant(dbus.SignatureOf(c.body...))}}
+		g.lift(msg)
+		if n, err := msg.CountFds(); n != 0 || err != nil {
+			t.Errorf("%s: godbus would not send it: %d, %v", c.name, n, err)
+		}
+		var sent bytes.Buffer
+		if err := msg.EncodeTo(&sent, binary.LittleEndian); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := g.Write(sent.Bytes()); err != nil || n != sent.Len() {
+			t.Fatalf("%s: %d bytes, %v", c.name, n, err)
+		}
+		in := &reader{from: bus, room: true, oob: make([]byte, unix.CmsgSpace(4*maxFiles))}
+		got, _, err := readMessage(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files := in.takeFiles()
+		there, err := dbus.DecodeMessage(bytes.NewReader(got))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s := there.Headers[dbus.FieldSignature].Value().(dbus.Signature).String(); len(files) != c.files || s != c.signature {
+			t.Errorf("%s: %d descriptors with %s, want %d with %s", c.name, len(files), s, c.files, c.signature)
+		}
+		if n, _ := there.Headers[dbus.FieldUnixFDs].Value().(uint32); int(n) != c.files {
+			t.Errorf("%s: the header says %d descriptors", c.name, n)
+		}
+		var a, b unix.Stat_t
+		for _, f := range files {
+			if err := errors.Join(unix.Fstat(f, &a), unix.Fstat(int(fd), &b)); err != nil || a.Ino != b.Ino {
+				t.Errorf("%s: another file: %v", c.name, err)
+			}
+			unix.Close(f)
+		}
+		if len(g.going) != 0 {
+			t.Errorf("%s: %v are still to be sent", c.name, g.going)
+		}
 	}
 }
 
@@ -149,21 +297,48 @@ func TestMessagesAreWhole(t *testing.T) {
 	message := call(t, strings.Repeat("x", 1<<20))
 	stream := io.MultiReader(bytes.NewReader(message), bytes.NewReader(message))
 	for range 2 {
-		if got, err := readMessage(stream); err != nil || !bytes.Equal(got, message) {
+		if got, _, err := readMessage(stream); err != nil || !bytes.Equal(got, message) {
 			t.Errorf("got %d bytes, %v, want %d", len(got), err, len(message))
 		}
 	}
-	if _, err := readMessage(stream); !errors.Is(err, io.EOF) {
+	if _, _, err := readMessage(stream); !errors.Is(err, io.EOF) {
 		t.Errorf("at the end: %v", err)
 	}
 	long := bytes.Clone(message)
 	binary.LittleEndian.PutUint32(long[4:], 1<<31)
-	if _, err := readMessage(bytes.NewReader(long)); err == nil {
+	if _, _, err := readMessage(bytes.NewReader(long)); err == nil {
 		t.Error("a message of 2 GiB was taken")
 	}
-	if _, err := readMessage(bytes.NewReader(make([]byte, 100))); err == nil {
+	if _, _, err := readMessage(bytes.NewReader(make([]byte, 100))); err == nil {
 		t.Error("zeros were taken for a message")
 	}
+}
+
+// What is read of a header is what godbus reads.
+func FuzzHeader(f *testing.F) {
+	f.Add(call(f, "x"))
+	f.Add(deep(f, 3))
+	f.Fuzz(func(t *testing.T, message []byte) {
+		if len(message) < fixedHeader || message[0] != 'l' {
+			return
+		}
+		fields, err := fieldsOf(message, binary.LittleEndian)
+		msg, wrong := dbus.DecodeMessage(bytes.NewReader(message))
+		if wrong != nil {
+			return // it may panic in there, too, which the fuzzer tells
+		}
+		if err != nil {
+			t.Fatalf("%v of %v", err, msg.Headers)
+		}
+		for field, value := range msg.Headers {
+			if field != dbus.FieldSignature && fields[field].Value() != value.Value() {
+				t.Errorf("field %d is %v, want %v", field, fields[field], value)
+			}
+		}
+		if short := withoutBody(message[:fixedHeader+int(binary.LittleEndian.Uint32(message[12:])+7)&^7], binary.LittleEndian); decodes(short) != nil {
+			t.Errorf("without its body it does not decode: %x", short)
+		}
+	})
 }
 
 // What passes decodes in godbus, whatever the bus sends.
@@ -174,7 +349,7 @@ func FuzzMessage(f *testing.F) {
 	f.Add(deep(f, 63))
 	f.Add(deep(f, 70))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		message, err := readMessage(bytes.NewReader(data))
+		message, _, err := readMessage(bytes.NewReader(data))
 		if err != nil || decodes(message) != nil {
 			return
 		}
@@ -186,7 +361,7 @@ func FuzzMessage(f *testing.F) {
 
 func TestOnlySockets(t *testing.T) {
 	for _, address := range []string{"", "tcp:host=localhost,port=1", "unix:tmpdir=/tmp", "unix:path=%zz"} {
-		if _, err := Dial(address, nil); err == nil {
+		if _, err := Dial(address, 0, nil); err == nil {
 			t.Errorf("%q was dialled", address)
 		}
 	}
