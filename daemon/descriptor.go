@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -136,23 +139,47 @@ func endsWithClient(f *os.File) bool {
 	return err != nil || st.Mode&unix.S_IFMT == unix.S_IFIFO || st.Mode&unix.S_IFMT == unix.S_IFSOCK
 }
 
-// patience is how long a client may send nothing of a stream that it owes.
-const patience = 2 * time.Minute
+// patience is how long a client may send nothing of a stream that it owes. A test
+// has less.
+var patience = 2 * time.Minute
 
 // streamReader reads a client's stream. A read ends with an error when nothing
-// comes for patience, and when ctx ends.
+// comes for patience, and with ctx's error when ctx ends.
 type streamReader struct {
-	f    *os.File
+	ctx context.Context
+	f   interface {
+		io.ReadCloser
+		SetReadDeadline(time.Time) error
+	}
 	stop func() bool
 }
 
-// openStream makes a streamReader of f, which stays the caller's. Close it.
+// openStream makes a streamReader of f, which stays the caller's. Close it. A file
+// is read from where it stands. What the client does with the mode of f, which it
+// shares, holds up nobody, and the mode stays as it is.
 func openStream(ctx context.Context, f *os.File) (*streamReader, error) {
-	in, err := pollable(f)
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, fmt.Errorf("look at the stream: %w", err)
+	}
+	s := &streamReader{ctx: ctx}
+	var err error
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFIFO:
+		s.f, err = readOnly(f) // opened anew, a pipe has a mode of its own
+	case unix.S_IFSOCK:
+		s.f, err = openSocket(f)
+	default:
+		var fd int
+		if fd, err = unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0); err == nil {
+			s.f = os.NewFile(uintptr(fd), f.Name())
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
-	return &streamReader{in, context.AfterFunc(ctx, func() { in.Close() })}, nil
+	s.stop = context.AfterFunc(ctx, func() { s.f.Close() })
+	return s, nil
 }
 
 // Read waits no longer than patience.
@@ -160,7 +187,11 @@ func (s *streamReader) Read(p []byte) (int, error) {
 	// A regular file never waits, and takes no deadline.
 	_ = s.f.SetReadDeadline(time.Now().Add(patience))
 	n, err := s.f.Read(p)
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	switch {
+	case err == nil || errors.Is(err, io.EOF):
+	case s.ctx.Err() != nil:
+		err = s.ctx.Err()
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		err = fmt.Errorf("the client sent nothing for %v", patience)
 	}
 	return n, err
@@ -170,6 +201,71 @@ func (s *streamReader) Read(p []byte) (int, error) {
 func (s *streamReader) Close() error {
 	s.stop()
 	return s.f.Close()
+}
+
+// socket is a client's socket. Unlike a pipe it can't be opened anew, and the client
+// can make a socket wait at any time that was told not to (O_NONBLOCK). So each call
+// says that it does not wait in the kernel: Go waits, and ends that on Close.
+type socket struct {
+	net.Conn
+	raw syscall.RawConn
+}
+
+// openSocket makes a socket of f, which stays the caller's, in its mode.
+func openSocket(f *os.File) (*socket, error) {
+	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+	if err != nil {
+		return nil, fmt.Errorf("look at the socket: %w", err)
+	}
+	conn, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	s := &socket{Conn: conn}
+	// FileConn has changed the mode, which the client may share with a shell.
+	if err = unix.SetNonblock(int(f.Fd()), flags&unix.O_NONBLOCK != 0); err == nil {
+		s.raw, err = conn.(syscall.Conn).SyscallConn()
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// Read is that of an io.Reader.
+func (s *socket) Read(p []byte) (n int, err error) {
+	if failed := s.raw.Read(func(fd uintptr) bool {
+		n, _, err = unix.Recvfrom(int(fd), p, unix.MSG_DONTWAIT)
+		return !errors.Is(err, unix.EAGAIN)
+	}); failed != nil {
+		err = failed
+	}
+	switch {
+	case err != nil:
+		return 0, err
+	case n == 0 && len(p) > 0:
+		return 0, io.EOF
+	}
+	return n, nil
+}
+
+// Write is that of an io.Writer.
+func (s *socket) Write(p []byte) (n int, err error) {
+	for n < len(p) {
+		var sent int
+		if failed := s.raw.Write(func(fd uintptr) bool {
+			sent, err = unix.SendmsgN(int(fd), p[n:], nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+			return !errors.Is(err, unix.EAGAIN)
+		}); failed != nil {
+			err = failed
+		}
+		if err != nil {
+			return n, err
+		}
+		n += sent
+	}
+	return n, nil
 }
 
 // fingerprint changes when a file's content does, unless somebody turns the

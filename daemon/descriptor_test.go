@@ -113,7 +113,7 @@ func TestStreamsEndWithTheirJob(t *testing.T) {
 		ended <- err
 	}()
 	cancel()
-	if err := <-ended; !errors.Is(err, os.ErrClosed) {
+	if err := <-ended; !errors.Is(err, context.Canceled) {
 		t.Errorf("after the job's end: %v", err)
 	}
 	if flags, err := unix.FcntlInt(r.Fd(), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK != 0 {

@@ -3,6 +3,7 @@ package daemon
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -593,4 +594,79 @@ func TestHostileClients(t *testing.T) {
 			t.Errorf("it wrote %s", f)
 		}
 	}
+}
+
+// makeWait takes O_NONBLOCK away from a socket again and again, until the test's end.
+func makeWait(t *testing.T, fd int) {
+	t.Helper()
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(100 * time.Microsecond):
+				_ = unix.SetNonblock(fd, false)
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		close(stop)
+		<-stopped
+		_ = unix.Shutdown(fd, unix.SHUT_RDWR) // lets go of a daemon that waits in it
+	})
+}
+
+// A client that makes a socket wait that it shares with the daemon, while that reads or
+// writes it, does not keep its job from being cancelled.
+func TestSocketsThatAreMadeToWait(t *testing.T) {
+	need.Root(t)
+	need.Tool(t, "qemu-system-x86_64", "qemu-system-x86")
+	address := startBus(t)
+	serve(t, address, func(context.Context, *dbus.Conn, Question) error { return nil })
+	root := dial(t, address)
+	queued := func(fd int, request uint) int {
+		n, err := unix.IoctlGetInt(fd, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	cancel := func(t *testing.T, job dbus.ObjectPath) {
+		ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
+		defer stop()
+		if err := root.Object(api.BusName, job).CallWithContext(ctx, api.JobInterface+".Cancel", 0, map[string]dbus.Variant{}).Err; err != nil {
+			t.Fatalf("cancel: %v", err)
+		}
+		awaitState(t, root, job, api.StateCancelled)
+	}
+	t.Run("data that does not come", func(t *testing.T) {
+		theirs, ours := socketPair(t)
+		makeWait(t, theirs)
+		job := startMachine(t, root, map[string]dbus.Variant{api.OptData: dbus.MakeVariant(dbus.UnixFD(theirs))})
+		for range 3 { // each is read, and the next one waited for
+			if _, err := unix.Write(ours, []byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			for time.Sleep(20 * time.Millisecond); queued(ours, unix.SIOCOUTQ) > 0; {
+				time.Sleep(20 * time.Millisecond) // or the test's limit ends it
+			}
+		}
+		cancel(t, job)
+	})
+	t.Run("a console that nobody reads", func(t *testing.T) {
+		theirs, ours := socketPair(t)
+		makeWait(t, theirs)
+		// mov dx, 0x3f8; mov al, 'x'; out dx, al; jmp to the out
+		job := startMachineOn(t, root, theirs, []byte("\xba\xf8\x03\xb0\x78\xee\xeb\xfd"), map[string]dbus.Variant{})
+		for before := 0; ; time.Sleep(500 * time.Millisecond) { // or the test's limit ends it
+			n := queued(ours, unix.SIOCINQ)
+			if n > 0 && n == before {
+				break // full
+			}
+			before = n
+		}
+		cancel(t, job)
+	})
 }

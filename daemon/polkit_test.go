@@ -246,8 +246,33 @@ func startWaiting(t *testing.T, conn *dbus.Conn) (dbus.ObjectPath, *os.File) {
 // to boot, with more options.
 func startMachine(t *testing.T, conn *dbus.Conn, options map[string]dbus.Variant) dbus.ObjectPath {
 	t.Helper()
+	theirs, _ := socketPair(t)
+	return startMachineOn(t, conn, theirs, nil, options)
+}
+
+// socketPair is two ends of a stream, open until the test's end.
+func socketPair(t *testing.T) (a, b int) {
+	t.Helper()
+	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		unix.Close(ends[0])
+		unix.Close(ends[1])
+	})
+	return ends[0], ends[1]
+}
+
+// startMachineOn is startMachine with a console, and with code in the boot sector.
+func startMachineOn(t *testing.T, conn *dbus.Conn, console int, code []byte, options map[string]dbus.Variant) dbus.ObjectPath {
+	t.Helper()
 	disk := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
+	content := make([]byte, 1<<20)
+	if copy(content, code) > 0 {
+		copy(content[510:], "\x55\xaa")
+	}
+	if err := os.WriteFile(disk, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	f, err := os.Open(disk)
@@ -255,15 +280,9 @@ func startMachine(t *testing.T, conn *dbus.Conn, options map[string]dbus.Variant
 		t.Fatal(err)
 	}
 	defer f.Close()
-	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(ends[0])
-	t.Cleanup(func() { unix.Close(ends[1]) })
 	options[api.OptFile] = dbus.MakeVariant(dbus.UnixFD(f.Fd()))
 	var job dbus.ObjectPath
-	if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".StartVM", dbus.UnixFD(ends[0]), options).Store(&job); err != nil {
+	if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".StartVM", dbus.UnixFD(console), options).Store(&job); err != nil {
 		t.Fatal(err)
 	}
 	return job

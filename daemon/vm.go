@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 
 	"github.com/godbus/dbus/v5"
-	"golang.org/x/sys/unix"
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/jobs"
@@ -99,28 +97,6 @@ type source struct {
 	target     *api.Target
 }
 
-// pollable is f once more, in such a way that its reads end when it is closed:
-// those of a descriptor in blocking mode don't. A pipe is opened anew, so that
-// its mode, which the client may share with a shell, stays as it is.
-func pollable(f *os.File) (*os.File, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return nil, err
-	}
-	if st.Mode&unix.S_IFMT == unix.S_IFIFO {
-		return readOnly(f)
-	}
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
-}
-
 // openToRead opens the device, or the file once more; nil where there is
 // neither. The caller closes the source's file.
 func (s *Server) openToRead(ctx context.Context, file *os.File, device dbus.ObjectPath) (*source, error) {
@@ -186,9 +162,9 @@ func (s *Server) dataDisc(ctx context.Context, stream *os.File) (*os.File, error
 
 // runVM joins the machine's console and the caller's socket until one ends.
 func (s *Server) runVM(ctx context.Context, j *jobs.Job, m testvm.Machine, socket *os.File) error {
-	console, err := net.FileConn(socket)
+	console, err := openSocket(socket)
 	if err != nil {
-		return invalidOption("the console's descriptor is not a socket's")
+		return invalidOption("the console's descriptor: %v", err)
 	}
 	defer console.Close()
 	// A client that takes nothing does not hold up a cancel.
