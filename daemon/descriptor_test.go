@@ -3,10 +3,12 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -82,41 +84,83 @@ func TestDescriptorsAreLookedAt(t *testing.T) {
 	unix.Close(datagram[1])
 }
 
-// A stream that gives nothing ends with its job, and the pipe's other users find
-// it as it was.
-func TestStreamsEndWithTheirJob(t *testing.T) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	defer w.Close()
-	if err := unix.SetNonblock(int(r.Fd()), false); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	s, err := openStream(ctx, r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	if _, err := w.WriteString("x"); err != nil {
-		t.Fatal(err)
-	}
-	buf := make([]byte, 10)
-	if n, err := s.Read(buf); n != 1 || err != nil {
-		t.Errorf("read %d, %v", n, err)
-	}
-	ended := make(chan error)
-	go func() {
-		_, err := s.Read(buf)
-		ended <- err
-	}()
-	cancel()
-	if err := <-ended; !errors.Is(err, context.Canceled) {
-		t.Errorf("after the job's end: %v", err)
-	}
-	if flags, err := unix.FcntlInt(r.Fd(), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK != 0 {
-		t.Errorf("the pipe's flags are %#x, %v", flags, err)
+// A stream that gives nothing ends with its job, or when patience is over, and its other
+// users find its mode as it was. The time in which nobody reads does not count.
+func TestStreamsEnd(t *testing.T) {
+	standard := patience
+	defer func() { patience = standard }()
+	for _, name := range []string{"pipe", "named pipe", "socket"} {
+		t.Run(name, func(t *testing.T) {
+			ends := make([]int, 2)
+			var err error
+			switch name {
+			case "pipe":
+				err = unix.Pipe2(ends, unix.O_CLOEXEC)
+			case "named pipe":
+				fifo := filepath.Join(t.TempDir(), "fifo")
+				if err = unix.Mkfifo(fifo, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				var both int // so that none waits for the other
+				if both, err = unix.Open(fifo, unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+					t.Fatal(err)
+				}
+				defer unix.Close(both)
+				if ends[0], err = unix.Open(fifo, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+					t.Fatal(err)
+				}
+				ends[1], err = unix.Open(fifo, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+			case "socket":
+				ends[0], ends[1] = socketPair(t)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			fd, err := unix.Dup(ends[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			f := os.NewFile(uintptr(fd), name)
+			defer f.Close()
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			s, err := openStream(ctx, f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			if flags, err := unix.FcntlInt(uintptr(ends[0]), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK != 0 {
+				t.Errorf("the flags are %#x, %v", flags, err)
+			}
+			buf := make([]byte, 10)
+			read := func() error {
+				if _, err := unix.Write(ends[1], []byte("x")); err != nil {
+					t.Fatal(err)
+				}
+				n, err := s.Read(buf)
+				if n != 1 && err == nil {
+					err = fmt.Errorf("read %d", n)
+				}
+				return err
+			}
+			patience = 100 * time.Millisecond
+			for range 2 {
+				if err := read(); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(2 * patience)
+			}
+			if n, err := s.Read(buf); n != 0 || err == nil || err.Error() != "the client sent nothing for 100ms" {
+				t.Errorf("after patience: %d, %v", n, err)
+			}
+			if err := read(); err != nil {
+				t.Error(err)
+			}
+			patience = standard
+			time.AfterFunc(20*time.Millisecond, cancel)
+			if n, err := s.Read(buf); n != 0 || !errors.Is(err, context.Canceled) {
+				t.Errorf("after the job's end: %d, %v", n, err)
+			}
+		})
 	}
 }

@@ -15,8 +15,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/jobs"
 	"github.com/memlinux/memlinux/imagegen/tarball"
@@ -110,7 +108,12 @@ func streamImage(ctx context.Context, j *jobs.Job, report *api.Report, f *os.Fil
 	j.Begin(phaseWrite)
 	reading, stop := context.WithCancel(ctx)
 	defer stop() // what reads ahead, too
-	given := &given{ctx: reading, f: f, size: size, hash: sha256.New()}
+	stream, err := openStream(reading, f)
+	if err != nil {
+		return fmt.Errorf("read the image: %w", err)
+	}
+	defer stream.Close()
+	given := &given{in: stream, size: size, hash: sha256.New()}
 	source := &api.Source{Format: "raw", Expected: sum}
 	report.Image = &api.Image{Source: source}
 	defer func() { source.Bytes, source.SHA256 = given.result() }()
@@ -288,8 +291,7 @@ func (s *Server) proveForeign(ctx context.Context, j *jobs.Job, report *api.Repo
 
 // given is the file or pipe, as it is given. Reading it counts and hashes.
 type given struct {
-	ctx  context.Context
-	f    *os.File
+	in   io.Reader
 	size int64 // that it must have; -1: what it has
 
 	mu    sync.Mutex
@@ -298,18 +300,9 @@ type given struct {
 	ended bool
 }
 
-// pollEvery is how often one who waits for a pipe looks whether it is still wanted, in
-// milliseconds.
-const pollEvery = 100
-
-// Read reads from where the descriptor stands. While a pipe gives nothing, it waits without
-// reading, so that it ends soon after ctx does; the descriptor is shared with the one who
-// called, so it is left in blocking mode.
+// Read is that of an io.Reader.
 func (g *given) Read(p []byte) (n int, err error) {
-	if err := g.await(); err != nil {
-		return 0, err
-	}
-	n, err = g.f.Read(p)
+	n, err = g.in.Read(p)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.hash.Write(p[:n])
@@ -321,32 +314,6 @@ func (g *given) Read(p []byte) (n int, err error) {
 		g.ended = true
 	}
 	return n, err
-}
-
-func (g *given) await() error {
-	raw, err := g.f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	for {
-		if err := g.ctx.Err(); err != nil {
-			return err
-		}
-		ready := 0
-		var failed error
-		if err := raw.Control(func(fd uintptr) {
-			ready, failed = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, pollEvery)
-		}); err != nil {
-			return err
-		}
-		switch {
-		case errors.Is(failed, unix.EINTR):
-		case failed != nil:
-			return os.NewSyscallError("poll", failed)
-		case ready > 0:
-			return nil
-		}
-	}
 }
 
 func (g *given) bytes() int64 {

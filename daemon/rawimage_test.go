@@ -6,13 +6,16 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/imagegen/tarball"
@@ -106,7 +109,7 @@ func TestCheckedImage(t *testing.T) {
 				_, _ = w.Write(c.given)
 				w.Close()
 			}()
-			g := &given{ctx: t.Context(), f: r, size: -1, hash: sha256.New()}
+			g := &given{in: r, size: -1, hash: sha256.New()}
 			z, err := tarball.NewReader(bufio.NewReader(g))
 			if err != nil {
 				t.Fatal(err)
@@ -127,23 +130,6 @@ func TestCheckedImage(t *testing.T) {
 	}
 }
 
-// One who waits for a pipe ends with its context, and leaves the pipe's descriptor as
-// it was.
-func TestGivenEndsWithItsContext(t *testing.T) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	defer w.Close()
-	ctx, cancel := context.WithCancel(t.Context())
-	g := &given{ctx: ctx, f: r, size: -1, hash: sha256.New()}
-	time.AfterFunc(20*time.Millisecond, cancel)
-	if n, err := g.Read(make([]byte, 10)); n != 0 || !errors.Is(err, context.Canceled) {
-		t.Errorf("%d, %v", n, err)
-	}
-}
-
 func TestFileThatChangesWhileItIsRead(t *testing.T) {
 	f, err := os.Create(t.TempDir() + "/image")
 	if err != nil {
@@ -157,11 +143,87 @@ func TestFileThatChangesWhileItIsRead(t *testing.T) {
 	if err != nil || size != 1000 {
 		t.Fatalf("%d, %v", size, err)
 	}
-	g := &given{ctx: t.Context(), f: f, size: size, hash: sha256.New()}
+	g := &given{in: f, size: size, hash: sha256.New()}
 	if err := f.Truncate(900); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := io.ReadAll(g); err == nil || !strings.Contains(err.Error(), "changed meanwhile") {
 		t.Errorf("error %v", err)
+	}
+}
+
+// An image that comes slowly is written; one that does not come does not keep its disk.
+func TestImageThatDoesNotCome(t *testing.T) {
+	need.Root(t)
+	standard := patience
+	defer func() { patience = standard }()
+	patience = time.Second
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, make([]byte, 8<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	device := need.Loop(t, file, "512")
+	address := startBus(t)
+	serve(t, address, func(context.Context, *dbus.Conn, Question) error { return nil })
+	conn := dial(t, address)
+	begin := func(t *testing.T, image int) dbus.ObjectPath {
+		t.Helper()
+		path := api.DevicePath(filepath.Base(device))
+		var props api.Properties
+		if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".Plan", path, api.Properties{}).Store(&props); err != nil {
+			t.Fatal(err)
+		}
+		plan, err := api.PlanFrom(props)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var job dbus.ObjectPath
+		if err := invoke(conn, api.ManagerPath, api.ManagerInterface+".Write", path, plan.Token,
+			api.Properties{api.OptImage: dbus.MakeVariant(dbus.UnixFD(image)), api.OptBootTest: dbus.MakeVariant(false)}).Store(&job); err != nil {
+			t.Fatal(err)
+		}
+		return job
+	}
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pipe[0])
+	defer unix.Close(pipe[1])
+	theirs, ours := socketPair(t)
+	makeWait(t, theirs)
+	for _, c := range []struct {
+		name      string
+		from, end int
+	}{{"pipe", pipe[0], pipe[1]}, {"socket", theirs, ours}} {
+		t.Run(c.name, func(t *testing.T) {
+			job := begin(t, c.from)
+			for range 5 {
+				if _, err := unix.Write(c.end, bytes.Repeat([]byte("x"), 50_000)); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(patience / 2)
+			}
+			awaitState(t, conn, job, api.StateFailed)
+			var props api.Properties
+			if err := invoke(conn, job, api.PropertiesInterface+".GetAll", api.JobInterface).Store(&props); err != nil {
+				t.Fatal(err)
+			}
+			var said api.Job
+			if err := said.Update(props); err != nil {
+				t.Fatal(err)
+			}
+			if !strings.Contains(said.Message, "the client sent nothing for 1s") || said.Report.Image.Source.Bytes != 250_000 {
+				t.Errorf("it ends after %d bytes so: %s", said.Report.Image.Source.Bytes, said.Message)
+			}
+			if flags, err := unix.FcntlInt(uintptr(c.from), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK != 0 {
+				t.Errorf("the descriptor's flags are %#x, %v", flags, err)
+			}
+			f, err := os.OpenFile(device, os.O_RDWR|unix.O_EXCL, 0)
+			if err != nil {
+				t.Fatalf("the disk is not free: %v", err)
+			}
+			f.Close()
+		})
 	}
 }
