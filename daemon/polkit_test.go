@@ -418,7 +418,8 @@ func TestPolkitDecides(t *testing.T) {
 		conn.Close()
 		awaitState(t, root, job, api.StateCancelled)
 	})
-	t.Run("a job's report is its owner's and root's", func(t *testing.T) {
+	t.Run("a job's report, and why it failed, are its owner's and root's", func(t *testing.T) {
+		const reason = "too small for the layout"
 		file := filepath.Join(t.TempDir(), "no stick")
 		if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
 			t.Fatal(err)
@@ -448,9 +449,17 @@ func TestPolkitDecides(t *testing.T) {
 			if err := invoke(conn, api.ManagerPath, api.ObjectManagerInterface+".GetManagedObjects").Store(&all); err != nil {
 				t.Fatal(err)
 			}
-			var result dbus.Variant
+			var result, message dbus.Variant
 			if err := invoke(conn, job, api.PropertiesInterface+".Get", api.JobInterface, "Result").Store(&result); err != nil {
 				t.Fatal(err)
+			}
+			if err := invoke(conn, job, api.PropertiesInterface+".Get", api.JobInterface, "Message").Store(&message); err != nil {
+				t.Fatal(err)
+			}
+			for _, v := range []dbus.Variant{one["Message"], all[job][api.JobInterface]["Message"], message} {
+				if said, _ := v.Value().(string); strings.Contains(said, reason) != (name != "nobody") || said == "" {
+					t.Errorf("%s sees the message %q", name, said)
+				}
 			}
 			for _, v := range []dbus.Variant{one["Result"], all[job][api.JobInterface]["Result"], result} {
 				got, _ := v.Value().(map[string]dbus.Variant)
@@ -462,7 +471,7 @@ func TestPolkitDecides(t *testing.T) {
 		for {
 			select {
 			case s := <-told:
-				if strings.Contains(fmt.Sprint(s.Body...), "sector_size") {
+				if text := fmt.Sprint(s.Body...); strings.Contains(text, "sector_size") || strings.Contains(text, reason) {
 					t.Errorf("all are told %v", s)
 				}
 				if s.Path == job && s.Name == api.JobInterface+".Completed" {

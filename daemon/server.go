@@ -595,16 +595,18 @@ func (s *Server) JobChanged(j api.Job) {
 	s.story.phase(j)
 }
 
-// JobCompleted tells a job's end to all; its report is there for those who may ask.
+// JobCompleted tells a job's end to all, as others may see it; its report, and why it
+// failed, are there for those who may ask.
 func (s *Server) JobCompleted(j api.Job) {
-	props := j.Properties()
+	seen := j.ForOthers()
+	props := seen.Properties()
 	changed := api.Properties{}
 	for _, key := range []string{"State", "Phase", "Progress", "Bytes", "Total", "Rate", "Unit", "Message"} {
 		changed[key] = props[key]
 	}
 	path := api.JobPath(j.ID)
 	s.emitChanged(path, api.JobInterface, changed, "Result")
-	s.emit(path, api.JobInterface+".Completed", j.State == api.StateSucceeded, j.Message, j.ForOthers().Result())
+	s.emit(path, api.JobInterface+".Completed", j.State == api.StateSucceeded, seen.Message, seen.Result())
 	s.story.ended(j)
 	debug.FreeOSMemory() // a service that waits should be small
 	s.life.end()

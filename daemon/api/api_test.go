@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/xml"
+	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/godbus/dbus/v5"
@@ -103,6 +105,17 @@ func TestJobRoundTrip(t *testing.T) {
 	}
 	if r := (Job{State: StateRunning, Error: "x"}).Result(); len(r) != 0 {
 		t.Errorf("a running job has the result %v", r)
+	}
+}
+
+// What others see of a job quotes nothing.
+func TestForOthers(t *testing.T) {
+	for _, state := range []string{StateRunning, StateSucceeded, StateFailed, StateCancelled} {
+		j := Job{ID: "1", Kind: KindWrite, Owner: 1000, State: state, Phase: "boot BIOS", Error: ErrVerification, Message: "BIOS: the console's last lines: secret",
+			Report: &Report{Boots: []Boot{{Firmware: "bios", Reason: "secret"}}}}
+		if got := j.ForOthers(); strings.Contains(fmt.Sprint(got.Properties()), "secret") || got.Error != j.Error || got.Owner != j.Owner {
+			t.Errorf("%s: %+v", state, got)
+		}
 	}
 }
 

@@ -197,9 +197,18 @@ func (j Job) Properties() Properties {
 }
 
 // ForOthers is the job as those may see it who are neither its owner nor root:
-// without its report, which quotes boot files and says where logs lie.
+// without its report, which quotes boot files and says where logs lie, and without
+// why it failed, which may quote a console, a compiler or what its owner gave.
 func (j Job) ForOthers() Job {
 	j.Report = nil
+	switch j.State {
+	case StateFailed:
+		j.Message = "failed during " + j.Phase + "; its owner and root are told why"
+	case StateCancelled:
+		j.Message = "cancelled during " + j.Phase
+	default:
+		j.Message = ""
+	}
 	return j
 }
 
