@@ -128,6 +128,20 @@ func TestReportTellsWhatFailed(t *testing.T) {
 	}
 }
 
+// A job whose message quotes a log is one line of the table, and one cell.
+func TestFirstLine(t *testing.T) {
+	for in, want := range map[string]string{
+		"":                     "",
+		"cancelled":            "cancelled",
+		"the log says:\n  a:1": "the log says: …",
+		"a\tb":                 "a b",
+	} {
+		if got := firstLine(in); got != want {
+			t.Errorf("%q became %q, want %q", in, got, want)
+		}
+	}
+}
+
 func TestChecksArePrintedWithWhatToDo(t *testing.T) {
 	checks := []api.Check{
 		{Name: "QEMU", State: api.CheckOK, Text: "version 7.2 runs"},

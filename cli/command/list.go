@@ -76,11 +76,20 @@ func newJobs(g *global) *cobra.Command {
 			t := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 			fmt.Fprintln(t, "JOB\tKIND\tUSER\tSTATE\tPHASE\tPROGRESS\tMESSAGE")
 			for _, j := range list {
-				fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%.0f%%\t%s\n", j.ID, j.Kind, userName(j.Owner), j.State, dash(j.Phase), 100*j.Progress, dash(j.Message))
+				fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%.0f%%\t%s\n", j.ID, j.Kind, userName(j.Owner), j.State, dash(j.Phase), 100*j.Progress, dash(firstLine(j.Message)))
 			}
 			return t.Flush()
 		},
 	}
+}
+
+// firstLine is what a message says before it quotes a log, in one cell of a table.
+func firstLine(message string) string {
+	line, _, more := strings.Cut(message, "\n")
+	if more {
+		line += " …"
+	}
+	return strings.ReplaceAll(line, "\t", " ")
 }
 
 // userName is the user's name, or the number where it has none.

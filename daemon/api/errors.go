@@ -3,6 +3,7 @@ package api
 import (
 	"errors"
 	"strings"
+	"unicode"
 
 	"github.com/godbus/dbus/v5"
 )
@@ -48,14 +49,20 @@ func (e *Error) Error() string { return e.Message }
 // DBusError gives godbus the error's name and body.
 func (e *Error) DBusError() (string, []any) { return e.Name, []any{e.Message} }
 
-// Words is text as the bus takes it, UTF-8 without NUL, and at most limit bytes
-// of it (and a mark that there was more).
+// Words is text as the bus takes it, UTF-8, and at most limit bytes of it (and a mark
+// that there was more). Much of it is quoted, and goes to somebody's terminal: but for
+// line ends and tabs it has nothing that a terminal would obey.
 func Words(text string, limit int) string {
 	cut := len(text) > limit
 	if cut {
 		text = text[:limit]
 	}
-	text = strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
+	text = strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || unicode.IsGraphic(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, strings.ToValidUTF8(text, "\uFFFD"))
 	if cut {
 		text += "…"
 	}
