@@ -152,7 +152,9 @@ func (s *Server) kernelOf(o *options, r *recipe.Recipe) imagegen.KernelSource {
 	case !given:
 		o.known = append(o.known, api.OptKernel)
 		if r.Line("kernel") == 0 {
-			_ = source.UnmarshalText([]byte(s.config().Kernel)) // config.Load checked it
+			if err := source.UnmarshalText([]byte(s.config().Kernel)); err != nil {
+				o.fail("the configuration's kernel: %v", err)
+			}
 		}
 	case k.Source.File != nil:
 		o.fail("options %q and %q exclude each other", api.OptKernel, api.OptKernelSource)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/spf13/viper"
+
+	"github.com/memlinux/memlinux/daemon/api/recipe"
 )
 
 // DefaultPath is the file that is read where no other is named. It need not
@@ -21,11 +23,11 @@ const DefaultPath = "/etc/memlinux/memlinux.toml"
 
 // Config is how memlinuxd works on this machine.
 type Config struct {
-	CacheDir     string        `mapstructure:"cache-dir"`     // kernels and generated systems; may be emptied at any time
+	CacheDir     string        `mapstructure:"cache-dir"`     // kernels and generated systems; may be emptied while no job runs
 	CacheLimit   int           `mapstructure:"cache-limit"`   // MiB that the cache keeps between jobs; what was used longest ago goes first
 	StateDir     string        `mapstructure:"state-dir"`     // jobs, console logs and screenshots
 	Kernel       string        `mapstructure:"kernel"`        // where a client names none: auto or debian:PACKAGE
-	Memory       int           `mapstructure:"memory"`        // MiB of a virtual machine where a client names none
+	Memory       int           `mapstructure:"memory"`        // MiB of vm's machine where a client names none, and the least of install's test
 	JobRetention time.Duration `mapstructure:"job-retention"` // how long an ended job can be asked for
 	IdleExit     time.Duration `mapstructure:"idle-exit"`     // how long a service of systemd stays when it has nothing to do; 0: for ever
 }
@@ -64,9 +66,37 @@ func Load(path string) (Config, error) {
 	}
 	var c Config
 	if err := v.UnmarshalExact(&c); err != nil {
-		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
+		return Config{}, wrongType(v, path, err)
 	}
 	return c, c.check(path)
+}
+
+// wrongType says which key has a value that is not of its type: viper's own
+// words name neither the file nor what would be right.
+func wrongType(v *viper.Viper, path string, err error) error {
+	t := reflect.TypeFor[Config]()
+	for i, key := range Keys() {
+		if v.UnmarshalKey(key, reflect.New(t.Field(i).Type).Interface()) == nil {
+			continue
+		}
+		want := "must be a text"
+		switch t.Field(i).Type {
+		case reflect.TypeFor[int]():
+			want = "must be a whole number"
+		case reflect.TypeFor[time.Duration]():
+			want = `must be a time like "15m"`
+		}
+		return bad(path, key, fmt.Sprintf("is %q; it %s", fmt.Sprint(v.Get(key)), want))
+	}
+	return fmt.Errorf("configuration %s: %w", path, err)
+}
+
+// bad says what is wrong with a key, and where it was set.
+func bad(path, key, why string) error {
+	if variable := "MEMLINUX_" + strings.ToUpper(strings.ReplaceAll(key, "-", "_")); os.Getenv(variable) != "" {
+		return fmt.Errorf("configuration: %s in the environment %s", variable, why)
+	}
+	return fmt.Errorf("configuration %s: %s %s", path, key, why)
 }
 
 // Keys lists the known keys.
@@ -80,7 +110,9 @@ func Keys() []string {
 }
 
 func (c Config) check(path string) error {
-	bad := func(key, why string) error { return fmt.Errorf("configuration %s: %s %s", path, key, why) }
+	bad := func(key, why string) error { return bad(path, key, why) }
+	var kernel recipe.KernelSource
+	err := kernel.UnmarshalText([]byte(c.Kernel))
 	switch {
 	case !filepath.IsAbs(c.CacheDir):
 		return bad("cache-dir", "must be an absolute path")
@@ -88,7 +120,7 @@ func (c Config) check(path string) error {
 		return bad("state-dir", "must be an absolute path")
 	case c.CacheLimit < 0 || c.CacheLimit > 1<<30:
 		return bad("cache-limit", "must be 0 to 1073741824 (MiB)")
-	case c.Kernel != "auto" && !strings.HasPrefix(c.Kernel, "debian:"):
+	case err != nil || kernel.Kind != recipe.KindAuto && kernel.Kind != recipe.KindDebian:
 		return bad("kernel", "must be auto or debian:PACKAGE")
 	case c.Memory < 64 || c.Memory > 1<<20:
 		return bad("memory", "must be 64 to 1048576 (MiB)")

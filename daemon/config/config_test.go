@@ -43,24 +43,46 @@ func TestEveryFieldHasADefault(t *testing.T) {
 
 func TestBadConfigurationNamesFileAndKey(t *testing.T) {
 	for name, c := range map[string]struct{ text, want string }{
-		"unknown key":       {"cashe-dir = \"/x\"\n", "cashe-dir"},
-		"unknown table":     {"[vm]\nmemory = 1\n", "vm.memory"},
-		"wrong type":        {"memory = \"much\"\n", "memory"},
-		"relative folder":   {"cache-dir = \"x\"\n", "cache-dir"},
-		"kernel by path":    {"kernel = \"/boot/vmlinuz\"\n", "kernel"},
-		"negative limit":    {"cache-limit = -1\n", "cache-limit"},
-		"too little memory": {"memory = 1\n", "memory"},
-		"negative period":   {"idle-exit = \"-1s\"\n", "idle-exit"},
-		"not TOML":          {"= =\n", "toml"},
+		"unknown key":                   {"cashe-dir = \"/x\"\n", "cashe-dir"},
+		"unknown table":                 {"[vm]\nmemory = 1\n", "vm.memory"},
+		"wrong type":                    {"memory = \"much\"\n", `memory is "much"; it must be a whole number`},
+		"relative folder":               {"cache-dir = \"x\"\n", "cache-dir"},
+		"kernel by path":                {"kernel = \"/boot/vmlinuz\"\n", "kernel"},
+		"a package's name that is none": {"kernel = \"debian:Foo Bar\"\n", "kernel must be auto or debian:PACKAGE"},
+		"no package":                    {"kernel = \"debian:\"\n", "kernel must be"},
+		"another source":                {"kernel = \"debian-source:6.1\"\n", "kernel must be"},
+		"this machine's":                {"kernel = \"host\"\n", "kernel must be"},
+		"negative limit":                {"cache-limit = -1\n", "cache-limit"},
+		"too little memory":             {"memory = 1\n", "memory"},
+		"no period":                     {"idle-exit = \"soon\"\n", `idle-exit is "soon"; it must be a time`},
+		"negative period":               {"idle-exit = \"-1s\"\n", "idle-exit"},
+		"not TOML":                      {"= =\n", "toml"},
 	} {
 		path := write(t, c.text)
 		_, err := Load(path)
-		if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), c.want) {
+		if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	if _, err := Load(filepath.Join(t.TempDir(), "none.toml")); err == nil {
 		t.Error("a named file that is missing was taken")
+	}
+}
+
+// No file is blamed for what the environment says.
+func TestBadEnvironmentIsNamed(t *testing.T) {
+	for _, c := range []struct{ name, variable, value, want string }{
+		{"wrong type", "MEMLINUX_MEMORY", "x", `MEMLINUX_MEMORY in the environment is "x"; it must be a whole number`},
+		{"out of range", "MEMLINUX_MEMORY", "3", "MEMLINUX_MEMORY in the environment must be 64 to 1048576"},
+		{"a package's name that is none", "MEMLINUX_KERNEL", "debian:Foo Bar", "MEMLINUX_KERNEL in the environment must be"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Setenv(c.variable, c.value)
+			path := write(t, "memory = 1024\n")
+			if _, err := Load(path); err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), path) {
+				t.Errorf("%v", err)
+			}
+		})
 	}
 }
 
