@@ -114,6 +114,8 @@ func compose(ctx context.Context, mkimage grub.Launcher, sys *imagegen.System, s
 	}()
 	id := st.VolumeID
 	c.volume = grub.VolumeUUID(id)
+	m := sys.Manifest
+	m.Loaders = map[string]string{}
 	spec := stick.Spec{Size: size, SectorSize: sectorSize, VolumeID: id, GUIDs: st.GUIDs, Label: stickLabel, ModTime: st.Modified}
 	if slices.Contains(sys.Manifest.Boot, string(testvm.BIOS)) && sectorSize == 512 { // a PC BIOS can't boot others
 		bios, err := grub.MakeBIOS(ctx, mkimage, id)
@@ -123,12 +125,14 @@ func compose(ctx context.Context, mkimage grub.Launcher, sys *imagegen.System, s
 		if spec.BootSector, spec.Core, err = bios.Embed(stick.CoreLBA); err != nil {
 			return c, err
 		}
+		head := make([]byte, stick.CoreLBA*512+stick.MaxCore)
+		copy(head, spec.BootSector)
+		copy(head[stick.CoreLBA*512:], spec.Core)
+		if m.Loaders[string(testvm.BIOS)], err = sha256Of(stick.LoaderForBIOS(bytes.NewReader(head))); err != nil {
+			return c, err
+		}
 	}
 	menuText, err := menu(sys, c.volume)
-	if err != nil {
-		return c, err
-	}
-	manifest, err := sys.Manifest.JSON()
 	if err != nil {
 		return c, err
 	}
@@ -141,6 +145,13 @@ func compose(ctx context.Context, mkimage grub.Launcher, sys *imagegen.System, s
 			return c, err
 		}
 		add(stickEFI, int64(len(efi)), bytes.NewReader(efi))
+		if m.Loaders[string(testvm.UEFI)], err = sha256Of(bytes.NewReader(efi)); err != nil {
+			return c, err
+		}
+	}
+	manifest, err := m.JSON()
+	if err != nil {
+		return c, err
 	}
 	add(stickMenu, int64(len(menuText)), bytes.NewReader(menuText))
 	add(stickManifest, int64(len(manifest)), bytes.NewReader(manifest))

@@ -126,13 +126,46 @@ func check(ctx context.Context, disk *source, report *api.Report, progress func(
 	if err := checkMenu(found.FS(), volume, report.System.Cmdline); err != nil {
 		return m, err
 	}
-	if !slices.Contains(m.Boot, string(testvm.UEFI)) {
-		return m, nil
+	return m, checkLoaders(disk.file, found.FS(), m, report)
+}
+
+// checkLoaders compares the boot loaders with the digests that the manifest has of
+// them.
+func checkLoaders(disk io.ReaderAt, files fs.FS, m api.Manifest, report *api.Report) error {
+	same := func(fw testvm.Firmware, from io.Reader) error {
+		want, ok := m.Loaders[string(fw)]
+		digest, err := sha256Of(from)
+		if err == nil && ok && digest != want {
+			err = fmt.Errorf("sha256 %s, expected %s; write the stick again", digest, want)
+		}
+		if err != nil {
+			return fmt.Errorf("the boot loader for %s is not what was written: %w", strings.ToUpper(string(fw)), err)
+		}
+		return nil
 	}
-	if _, err := fs.Stat(found.FS(), stickEFI); err != nil {
-		return m, fmt.Errorf("the boot loader for UEFI is missing: %w", err)
+	if err := same(testvm.BIOS, stick.LoaderForBIOS(disk)); err != nil {
+		return err
 	}
-	return m, nil
+	if slices.Contains(m.Boot, string(testvm.UEFI)) {
+		text, err := readSmall(files, stickEFI)
+		if err != nil {
+			return err
+		}
+		if err := same(testvm.UEFI, bytes.NewReader(text)); err != nil {
+			return err
+		}
+	}
+	if len(m.Loaders) == 0 {
+		report.Warnings = append(report.Warnings, "its boot loaders were compared with nothing: an older memlinux wrote it, which kept no digests of them")
+	}
+	return nil
+}
+
+// sha256Of is the SHA-256 of all that r gives, in hex.
+func sha256Of(r io.Reader) (string, error) {
+	h := sha256.New()
+	_, err := io.Copy(h, r)
+	return hex.EncodeToString(h.Sum(nil)), err
 }
 
 // checkMenu wants an entry that boots this volume's kernel with the command

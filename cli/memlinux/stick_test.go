@@ -42,36 +42,56 @@ func TestStick(t *testing.T) {
 	t.Run("verify", func(t *testing.T) {
 		w.run("verify", "--no-boot-test", img).wants(t, 0)
 	})
-	initramfs := w.path("state/initramfs")
-	sh(t, need.Tool(t, "mcopy", "mtools"), "-n", "-i", img+"@@1M", "::/boot/initramfs.img", initramfs)
-	packed, err := os.ReadFile(initramfs)
-	if err != nil {
-		t.Fatal(err)
+	read := func(path string) []byte {
+		t.Helper()
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	taken := func(path string) []byte { // from the stick
+		t.Helper()
+		to := w.path("state/taken")
+		sh(t, need.Tool(t, "mcopy", "mtools"), "-n", "-o", "-i", img+"@@1M", "::"+path, to)
+		return read(to)
+	}
+	whole, packed, loader := read(img), taken("/boot/initramfs.img"), taken("/EFI/BOOT/BOOTX64.EFI")
+	// The last bit of the first place that holds what is looked for is another.
+	damage := func(find string) (path string) {
+		t.Helper()
+		b := bytes.Clone(whole)
+		i := bytes.Index(b, []byte(find))
+		if i < 0 {
+			t.Fatalf("no %q in the image", find)
+		}
+		b[i+len(find)-1] ^= 1
+		path = w.path("state/damaged.img")
+		if err := os.WriteFile(path, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return path
 	}
 	for _, c := range []struct {
 		name, find, says string
 	}{
+		{"a flipped bit in GRUB's boot code", string(whole[:128]), "the boot loader for BIOS is not what was written"},
+		{"a flipped bit in GRUB's core image", string(whole[34*512 : 34*512+8192]), "the boot loader for BIOS is not what was written"},
+		{"a flipped bit in GRUB for UEFI", string(loader[:8192]), "the boot loader for UEFI is not what was written"},
 		{"a flipped bit in the initramfs", string(packed[:512]), "boot/initramfs.img is not what was written"},
 		{"another command line in the menu", "console=ttyS0,115200 console=tty0 memlinux.build", "menu.lst has the command line"},
 		{"a broken partition table", "EFI PART\x00\x00\x01\x00", "partition table"},
 	} {
 		t.Run("verify: "+c.name, func(t *testing.T) {
-			b, err := os.ReadFile(img)
-			if err != nil {
-				t.Fatal(err)
-			}
-			i := bytes.Index(b, []byte(c.find))
-			if i < 0 {
-				t.Fatalf("no %q in the image", c.find)
-			}
-			b[i+len(c.find)-1] ^= 1
-			damaged := w.path("state/damaged.img")
-			if err := os.WriteFile(damaged, b, 0o644); err != nil {
-				t.Fatal(err)
-			}
-			w.run("verify", "--no-boot-test", damaged).wants(t, 5, c.says)
+			w.run("verify", "--no-boot-test", damage(c.find)).wants(t, 5, c.says)
 		})
 	}
+	t.Run("verify: a stick of a memlinux that kept no digests of boot loaders", func(t *testing.T) {
+		o := w.run("verify", "--no-boot-test", damage(`"loaders`))
+		if o.wants(t, 0); !strings.Contains(o.stdout, "boot loaders were compared with nothing") {
+			t.Error(o.stdout)
+		}
+	})
 	t.Run("verify: not a stick", func(t *testing.T) {
 		empty := w.path("state/empty.img")
 		if err := os.WriteFile(empty, nil, 0o644); err != nil {

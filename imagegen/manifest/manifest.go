@@ -1,7 +1,7 @@
 // Package manifest says what a generated system is made of, byte for byte.
 //
 // A manifest holds nothing of the machine or the moment it was made at: the
-// same system has the same manifest. It accounts for every byte of the
+// same system has the same manifest (but for Loaders, on a stick). It accounts for every byte of the
 // initramfs: the shares of its items add up to its size.
 package manifest
 
@@ -33,6 +33,10 @@ type Manifest struct {
 	Modules   Modules   `json:"modules"`
 	Microcode Microcode `json:"microcode"`
 	Busybox   Busybox   `json:"busybox"`
+
+	// Loaders are, on a stick, the digests of its boot loaders by their firmware:
+	// "uefi" of the file, "bios" of the boot code with all the room of the core image.
+	Loaders map[string]string `json:"loaders,omitempty"`
 }
 
 // Memory is the least RAM with which the system comes up, in MiB, under each

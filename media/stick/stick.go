@@ -15,6 +15,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math"
 	"time"
@@ -50,6 +51,12 @@ const (
 	entryCount = 128 // entries of a GPT
 	entrySize  = 128 // bytes of one
 )
+
+// LoaderForBIOS reads GRUB for a PC BIOS from a disk of this layout: the boot code,
+// and all the room of the core image.
+func LoaderForBIOS(disk io.ReaderAt) io.Reader {
+	return io.MultiReader(io.NewSectionReader(disk, 0, bootCodeSize), io.NewSectionReader(disk, CoreLBA*512, MaxCore))
+}
 
 // Spec says what goes on a stick.
 type Spec struct {
