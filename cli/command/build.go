@@ -45,7 +45,7 @@ func (g *global) build(ctx context.Context, s *systemFlags, dir string) error {
 	}
 	defer o.close()
 	if err := os.MkdirAll(dir, 0o777); err != nil { //nolint:gosec // the umask decides
-		return err
+		return unusable(dir, err)
 	}
 	files := map[string]*renameio.PendingFile{}
 	defer func() {

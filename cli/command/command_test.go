@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 	"testing"
@@ -24,8 +25,10 @@ func TestExitCodes(t *testing.T) {
 		{"done", nil, 0},
 		{"any failure", errors.New("x"), 1},
 		{"too small", named(api.ErrNoSpace), 1},
-		{"no such device", named(api.ErrNoSuchDevice), 1},
+		{"a device that went away", named(api.ErrNoSuchDevice), 1},
 		{"bad flag", usagef("x"), 2},
+		{"a file that is not there", fmt.Errorf("--kernel: %w", unusable("x", fs.ErrNotExist)), 2},
+		{"a device that is not there", noDevice("x"), 2},
 		{"bad configuration", &client.ConfigError{Message: "x"}, 2},
 		{"bad option on the bus", named(api.ErrInvalidOption), 2},
 		{"system disk", named(api.ErrDeviceIsSystem), 3},
@@ -102,8 +105,8 @@ func TestTargets(t *testing.T) {
 	}{
 		{"a new file", dir + "/new", target{file: dir + "/new"}, 0},
 		{"a link is followed", dir + "/link", target{file: file}, 0},
-		{"a typing mistake below /dev is no new file", "/dev/nosuchdisk", target{}, exitFailed},
-		{"nor by another way", "/dev/../dev/nosuchdisk", target{}, exitFailed},
+		{"a typing mistake below /dev is no new file", "/dev/nosuchdisk", target{}, exitUsage},
+		{"nor by another way", "/dev/../dev/nosuchdisk", target{}, exitUsage},
 		{"a folder", dir, target{}, exitUsage},
 		{"a character device", "/dev/null", target{}, exitUsage},
 	} {

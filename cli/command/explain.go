@@ -34,7 +34,7 @@ manifest.`,
 		Example: `  sudo memlinux explain                        the standard system
   sudo memlinux explain --recipe memlinux.toml /lib/modules
   memlinux explain --manifest out /usr/bin/curl`,
-		Args: args(cobra.MaximumNArgs(1)),
+		Args: atMostOne("PATH"),
 		RunE: func(c *cobra.Command, a []string) error {
 			path := "/"
 			if len(a) == 1 {
@@ -55,7 +55,7 @@ manifest.`,
 			}
 			account, err := m.Explain(path)
 			if err != nil {
-				return err
+				return unusableError{err}
 			}
 			if g.json {
 				return json.NewEncoder(os.Stdout).Encode(account)
@@ -102,12 +102,12 @@ func readManifest(path string) (api.Manifest, error) {
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		return api.Manifest{}, err
+		return api.Manifest{}, unusable(path, err)
 	}
 	defer f.Close()
 	m, err := api.ParseManifest(f)
 	if err != nil {
-		return api.Manifest{}, fmt.Errorf("%s: %w", path, err)
+		return api.Manifest{}, unusableError{fmt.Errorf("%s: %w", path, err)}
 	}
 	return m, nil
 }
@@ -143,7 +143,12 @@ func newDiff(g *global) *cobra.Command {
 file. A and B are a manifest.json each, or a folder of build -o.`,
 		Example: `  memlinux diff out-monday out-today
   memlinux diff --json old/manifest.json /media/stick/boot/manifest.json`,
-		Args: args(cobra.ExactArgs(2)),
+		Args: func(_ *cobra.Command, a []string) error {
+			if len(a) != 2 {
+				return usagef("give two manifests, A and B, not %d", len(a))
+			}
+			return nil
+		},
 		RunE: func(_ *cobra.Command, a []string) error {
 			before, err := readManifest(a[0])
 			if err != nil {

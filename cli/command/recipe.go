@@ -38,7 +38,7 @@ comment, with its standard value and an example. A file that exists is not
 overwritten.`,
 		Example: `  memlinux recipe init
   memlinux recipe init kiosk/memlinux.toml`,
-		Args: args(cobra.MaximumNArgs(1)),
+		Args: atMostOne("FILE"),
 		RunE: func(_ *cobra.Command, a []string) error { return g.initRecipe(os.Stdout, recipePath(a)) },
 	}, &cobra.Command{
 		Use:   "check [FILE]",
@@ -47,7 +47,7 @@ overwritten.`,
 names. Each problem is a line FILE:LINE: KEY: REASON; the exit code is then 2.`,
 		Example: `  memlinux recipe check
   memlinux recipe check --json | jq -r 'select(.event == "problem").text'`,
-		Args: args(cobra.MaximumNArgs(1)),
+		Args: atMostOne("FILE"),
 		RunE: func(_ *cobra.Command, a []string) error { return g.checkRecipe(os.Stdout, recipePath(a)) },
 	})
 	return c
@@ -75,6 +75,9 @@ func writeSample(path string) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666) //nolint:gosec // the umask decides
 	if errors.Is(err, fs.ErrExist) {
 		return refusal("%s exists and is not overwritten; give another name", path)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return noFolder(path)
 	}
 	if err != nil {
 		return err

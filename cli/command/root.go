@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/godbus/dbus/v5"
@@ -63,7 +64,34 @@ virtual machine that it boots.`,
 	}
 	prepare(root, g)
 	root.AddCommand(newWrite(g), newBuild(g), newExplain(g), newDiff(g), newVerify(g), newVM(g), newInstall(g), newEntries(g), newRemove(g), newNext(g), newRollback(g), newDevices(g), newJobs(g), newCancel(g), newDoctor(g), newRecipe(g), newVersion(g))
+	checkOthers(root)
 	return root
+}
+
+// checkOthers has the commands that cobra brings complain about arguments as ours
+// do.
+func checkOthers(root *cobra.Command) {
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		switch c.Name() {
+		case "help":
+			show := c.Run
+			c.RunE = func(c *cobra.Command, a []string) error {
+				if _, rest, err := root.Find(a); err != nil || len(rest) > 0 {
+					return usagef("there is no command %q", strings.Join(a, " "))
+				}
+				show(c, a)
+				return nil
+			}
+		case "completion":
+			c.Args = args(cobra.NoArgs)
+			c.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+			for _, shell := range c.Commands() {
+				shell.Args = args(cobra.NoArgs)
+			}
+		}
+	}
 }
 
 func prepare(c *cobra.Command, g *global) {
@@ -99,6 +127,16 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(c *cobra.Command, a []string) error {
 		if err := check(c, a); err != nil {
 			return usageError{err}
+		}
+		return nil
+	}
+}
+
+// atMostOne wants one of what, or none.
+func atMostOne(what string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, a []string) error {
+		if len(a) > 1 {
+			return usagef("give one %s, not %d", what, len(a))
 		}
 		return nil
 	}

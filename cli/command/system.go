@@ -134,7 +134,7 @@ func (o *opened) close() {
 func (o *opened) open(path string) (*os.File, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return nil, unusable(path, err)
 	}
 	o.files = append(o.files, f)
 	info, err := f.Stat()
@@ -142,7 +142,7 @@ func (o *opened) open(path string) (*os.File, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", path)
+		return nil, unusableError{fmt.Errorf("%s is not a regular file", path)}
 	}
 	return f, nil
 }

@@ -43,7 +43,7 @@ BIOS and UEFI firmware. Nothing is written to it.`,
 // device's object, or an open file.
 func readTarget(o *opened, path, onDevice, onFile string) (method string, subject any, err error) {
 	if _, err := os.Stat(path); err != nil {
-		return "", nil, err
+		return "", nil, unusable(path, err)
 	}
 	t, err := resolveTarget(path)
 	if err != nil {

@@ -34,7 +34,7 @@ machine writes is thrown away: the disk stays as it is.`,
   sudo memlinux vm --firmware uefi /dev/sdb
   sudo memlinux vm --kernel out/vmlinuz --initrd out/initramfs.img --append "console=ttyS0"
   sudo memlinux vm --data payload stick.img     the folder as a CD-ROM`,
-		Args: args(cobra.MaximumNArgs(1)),
+		Args: atMostOne("DEVICE or FILE"),
 		RunE: func(c *cobra.Command, a []string) error { return g.vm(c.Context(), &f, a) },
 	}
 	fs := c.Flags()
@@ -82,6 +82,11 @@ func (g *global) vm(ctx context.Context, f *vmFlags, a []string) error {
 	}
 	var packed chan error
 	if f.data != "" {
+		if info, err := os.Stat(f.data); err != nil {
+			return fmt.Errorf("--data: %w", unusable(f.data, err))
+		} else if !info.IsDir() {
+			return usagef("--data: %s is no folder", f.data)
+		}
 		r, w, err := os.Pipe()
 		if err != nil {
 			return err

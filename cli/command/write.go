@@ -150,15 +150,15 @@ func resolveTarget(path string) (target, error) {
 			return target{}, err
 		}
 		if strings.HasPrefix(abs, "/dev/") {
-			return target{}, &api.Error{Name: api.ErrNoSuchDevice, Message: fmt.Sprintf("no such device: %s; list the disks with memlinux devices", path)}
+			return target{}, noDevice("no such device: %s", path)
 		}
 		return target{file: path}, nil
 	case err != nil:
-		return target{}, err
+		return target{}, unusable(path, err)
 	}
 	info, err := os.Stat(real)
 	if err != nil {
-		return target{}, err
+		return target{}, unusable(path, err)
 	}
 	switch mode := info.Mode(); {
 	case mode.IsRegular():
@@ -171,6 +171,15 @@ func resolveTarget(path string) (target, error) {
 	}
 }
 
+func noDevice(format string, args ...any) error {
+	return unusableError{&api.Error{Name: api.ErrNoSuchDevice, Message: fmt.Sprintf(format, args...) + "; list the disks with memlinux devices"}}
+}
+
+// noFolder is the error of a new file whose folder is not there.
+func noFolder(file string) error {
+	return unusableError{fmt.Errorf("the folder %s does not exist; make it first", filepath.Dir(file))}
+}
+
 // kernelName is the kernel's own name of a block device: what /sys/dev/block
 // says of its number, whatever the node is called.
 func kernelName(info fs.FileInfo) (string, error) {
@@ -180,7 +189,7 @@ func kernelName(info fs.FileInfo) (string, error) {
 	}
 	link, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(stat.Rdev), unix.Minor(stat.Rdev)))
 	if err != nil {
-		return "", &api.Error{Name: api.ErrNoSuchDevice, Message: fmt.Sprintf("%s is the node of a device that is not there; list the disks with memlinux devices", info.Name())}
+		return "", noDevice("%s is the node of a device that is not there", info.Name())
 	}
 	// The slash of names such as cciss/c0d0 is an exclamation mark there.
 	return strings.ReplaceAll(filepath.Base(link), "!", "/"), nil
@@ -498,8 +507,8 @@ func (g *global) writeFile(ctx context.Context, w *writeFlags, path string, o *o
 	if _, err := os.Lstat(path); err == nil && !w.force {
 		return refusal("%s exists; say --force to replace it", path)
 	}
-	if dir := filepath.Dir(path); !isDir(dir) {
-		return fmt.Errorf("the folder %s does not exist; make it first", dir)
+	if !isDir(filepath.Dir(path)) {
+		return noFolder(path)
 	}
 	// The image takes the file's name only when it is whole.
 	pending, err := renameio.NewPendingFile(path, renameio.WithPermissions(0o644), renameio.WithExistingPermissions())

@@ -240,7 +240,7 @@ from = "capable"
 				t.Errorf("explain %s: exit %d, %s%s", path, o.code, o.stdout, o.stderr)
 			}
 		}
-		w.run("explain", "--manifest", out, "/usr/bin/nothere").wants(t, 1, "/usr/bin/nothere")
+		w.run("explain", "--manifest", out, "/usr/bin/nothere").wants(t, 2, "/usr/bin/nothere")
 		capable := ""
 		for _, f := range readManifest(t, out).Initramfs.Files {
 			if f.Capabilities != "" {

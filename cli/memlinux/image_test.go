@@ -236,14 +236,14 @@ func TestForeignImage(t *testing.T) {
 			"nothing":                   {[]string{w.file("state/empty", ""), dev}, 2, "empty"},
 			"a short one, and its sum":  {[]string{w.file("state/short", "hello"), "--sha256", strings.Repeat("0", 64), dev}, 5, "must have"},
 			"a folder":                  {[]string{w.dir, dev}, 2, "folder"},
-			"no such file":              {[]string{w.path("none"), dev}, 1, "none"},
+			"no such file":              {[]string{w.path("none"), dev}, 2, "none does not exist"},
 			"the device's own file":     {[]string{backing, dev}, 3, "the file that"},
 			"a kernel as well":          {[]string{raw, "--kernel", "host", dev}, 2, "--kernel"},
 			"into a file":               {[]string{raw, w.path("x.img")}, 2, "is a file"},
 			"stdin on two devices":      {[]string{"-", dev, need.Loop(t, raw, "512")}, 2, "one device only"},
 			"a sum that is none":        {[]string{raw, "--sha256", "abc", dev}, 2, "64 hexadecimal"},
 			"and the capacity":          {[]string{raw, "--check-capacity", dev}, 2, "--check-capacity"},
-			"a disk's node as an image": {[]string{dev, dev}, 1, "not a regular file"},
+			"a disk's node as an image": {[]string{dev, dev}, 2, "not a regular file"},
 		} {
 			t.Run(name, func(t *testing.T) {
 				cmd := w.command(append([]string{"write", "--yes", "--no-boot-test", "--image"}, c.args...)...)

@@ -177,6 +177,19 @@ func TestBadCommandLines(t *testing.T) {
 		{"remove nothing", []string{"remove"}, "the ID of one entry"},
 		{"cancel nothing", []string{"cancel"}, "give one JOB"},
 		{"next of two", []string{"next", "a", "b"}, "the ID of one entry"},
+		{"diff of one", []string{"diff", "a"}, "two manifests, A and B"},
+		{"diff of what is not there", []string{"diff", "a", "b"}, "a does not exist"},
+		{"explain of two", []string{"explain", "a", "b"}, "one PATH, not 2"},
+		{"explain of what is not there", []string{"explain", "--manifest", "/nope"}, "/nope does not exist"},
+		{"vm of two", []string{"vm", "a", "b"}, "one DEVICE or FILE, not 2"},
+		{"vm of what is not there", []string{"vm", "/nope"}, "/nope does not exist"},
+		{"no data", []string{"vm", "--kernel", "/etc/passwd", "--data", "/nope"}, "--data: /nope does not exist"},
+		{"verify of what is not there", []string{"verify", "/nope"}, "/nope does not exist"},
+		{"write of what is not there", []string{"write", "/dev/nope"}, "no such device: /dev/nope"},
+		{"completion of no shell", []string{"completion", "bogus"}, `unknown command "bogus"`},
+		{"completion of two", []string{"completion", "bash", "zsh"}, `unknown command "zsh"`},
+		{"help of no command", []string{"help", "bogus"}, `there is no command "bogus"`},
+		{"a recipe in a folder that is not there", []string{"recipe", "init", "none/x.toml"}, "the folder none does not exist"},
 		{"install what", []string{"install", "stick.img"}, "stick.img"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -225,7 +238,7 @@ func TestBadConfiguration(t *testing.T) {
 func TestRefusedTargets(t *testing.T) {
 	w := newWorld(t)
 	t.Run("no such device", func(t *testing.T) {
-		w.run("write", "--yes", "/dev/nosuchdisk").wants(t, 1, "no such device", "memlinux devices")
+		w.run("write", "--yes", "/dev/nosuchdisk").wants(t, 2, "no such device", "memlinux devices")
 	})
 	t.Run("a file that exists", func(t *testing.T) {
 		f := w.file("there", "keep me")
@@ -236,7 +249,7 @@ func TestRefusedTargets(t *testing.T) {
 		os.Remove(f)
 	})
 	t.Run("a folder that is not there", func(t *testing.T) {
-		w.run("write", w.path("none/stick.img")).wants(t, 1, "make it first")
+		w.run("write", w.path("none/stick.img")).wants(t, 2, "make it first")
 	})
 	w.holds()
 }
@@ -310,7 +323,8 @@ func TestBadKernelsAndBusybox(t *testing.T) {
 		{"a text for a kernel", []string{"--kernel", w.file("text", strings.Repeat("not a kernel\n", 1000))}, 2, "not a bzImage"},
 		{"a kernel for i386", []string{"--kernel", patched("i386", func(b []byte) { b[0x236] &^= 1 })}, 2, "i386"},
 		{"a kernel for arm64", []string{"--kernel", w.file("arm64", string(append(append(make([]byte, 0x38), "ARM\x64"...), make([]byte, 4096)...)))}, 2, "arm64"},
-		{"a kernel that is not there", []string{"--kernel", w.path("none")}, 1, "none"},
+		{"a kernel that is not there", []string{"--kernel", w.path("none")}, 2, w.path("none") + " does not exist"},
+		{"a busybox that is not there", []string{"--busybox", w.path("none")}, 2, w.path("none") + " does not exist"},
 		{"a package that is not there", []string{"--kernel", "debian:no-such-kernel"}, 1, "no-such-kernel"},
 		{"a package's name that is none", []string{"--kernel", "debian:--help"}, 2, "name of a package"},
 		{"a module that is not there", []string{"--modules", "disk,nosuchmodule"}, 2, "nosuchmodule"},

@@ -64,11 +64,11 @@ func TestExplainAndDiff(t *testing.T) {
 		t.Errorf("explain /etc/motd: exit %d: %s%s", o.code, o.stdout, o.stderr)
 	}
 	// Its progress goes to stderr, too.
-	if o := w.run("explain", "--recipe", ra, "/no/such/file"); o.code != 1 || !strings.HasSuffix(o.stderr, "memlinux: nothing in the system is called /no/such/file\n") {
+	if o := w.run("explain", "--recipe", ra, "/no/such/file"); o.code != 2 || !strings.HasSuffix(o.stderr, "memlinux: nothing in the system is called /no/such/file\n") {
 		t.Errorf("explain /no/such/file: exit %d: %s", o.code, o.stderr)
 	}
 	w.run("explain", "--recipe", ra, "--manifest", a).wants(t, 2, "--manifest")
-	w.run("explain", "--manifest", ra).wants(t, 1, ra)
+	w.run("explain", "--manifest", ra).wants(t, 2, ra)
 
 	o := w.run("diff", "--json", a, b)
 	o.wants(t, 0)
@@ -95,7 +95,7 @@ func TestExplainAndDiff(t *testing.T) {
 	if o := w.run("diff", a, a); o.code != 0 || !strings.HasPrefix(o.stdout, "the same system") {
 		t.Errorf("diff of one: exit %d: %s%s", o.code, o.stdout, o.stderr)
 	}
-	w.run("diff", a, w.path("none")).wants(t, 1, "none")
+	w.run("diff", a, w.path("none")).wants(t, 2, "none")
 }
 
 // patched is a copy of a program in which something is different, of the same
