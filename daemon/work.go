@@ -265,7 +265,7 @@ func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 // line.
 func wantSerial(o *options, r imagegen.Recipe) {
 	if c := r.Settings.Consoles; c != nil && !slices.ContainsFunc(c, func(name string) bool { return name == "ttyS0" || strings.HasPrefix(name, "ttyS0,") }) {
-		o.fail("the consoles are %s, and the boot test listens on ttyS0: add that, or ask for no boot test", strings.Join(c, " and "))
+		o.fail("the consoles are %s, and the boot test listens on ttyS0: add that, or leave the test out by --no-boot-test", strings.Join(c, " and "))
 	}
 }
 
@@ -422,6 +422,11 @@ func (s *Server) runWrite(ctx context.Context, j *jobs.Job, recipe imagegen.Reci
 func (s *Server) put(ctx context.Context, j *jobs.Job, report *api.Report, sys *imagegen.System, st stamp, to destination, bootTest bool, before *interruption) (*api.Report, error) {
 	report.System, report.Warnings = reportSystem(sys.Manifest), sys.Warnings
 	composed, err := compose(ctx, s.mkimage(), sys, to.size, to.sectorSize, st)
+	var small *media.NoSpaceError
+	if errors.As(err, &small) && to.device == nil {
+		small.Where = "the image"
+		err = fmt.Errorf("%w; give a larger --size", err)
+	}
 	if err != nil {
 		return report, err
 	}

@@ -117,6 +117,24 @@ func TestTargets(t *testing.T) {
 	}
 }
 
+func TestRefusalSaysWhatLiftsIt(t *testing.T) {
+	soft, hard := api.Reason{Text: "vda is built in", Soft: true}, api.Reason{Text: "vda is read-only"}
+	for _, c := range []struct {
+		name, serial string
+		plan         api.Plan
+		lifted       bool
+	}{
+		{"the serial does", "4C53", api.Plan{Refused: []api.Reason{soft}, Token: "t"}, true},
+		{"a disk without one", "", api.Plan{Refused: []api.Reason{soft}, Token: "t"}, false},
+		{"a reason that nothing lifts beside it", "4C53", api.Plan{Refused: []api.Reason{soft, hard}}, false},
+		{"mounted only", "4C53", api.Plan{Refused: []api.Reason{{Text: "it is mounted", Code: api.ReasonMounted}}, Token: "t"}, false},
+	} {
+		if says := refusedPlan("vda", c.plan, c.serial).Error(); strings.Contains(says, "type its serial") != c.lifted || !strings.Contains(says, c.plan.Refused[0].Text) {
+			t.Errorf("%s: %s", c.name, says)
+		}
+	}
+}
+
 func TestReportTellsWhatFailed(t *testing.T) {
 	var out bytes.Buffer
 	printReport(&out, &api.Report{

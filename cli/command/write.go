@@ -328,18 +328,25 @@ func (g *global) checkCapacity(ctx context.Context, name string) error {
 			return "", err
 		}
 		if len(plan.Refused) > 0 {
-			return "", refusedPlan(name, plan)
+			return "", refusedPlan(name, plan, "")
 		}
 		return c.Start(ctx, "CheckCapacity", api.DevicePath(name), plan.Token, api.Properties{})
 	}, nil)
 }
 
-func refusedPlan(name string, plan api.Plan) error {
-	var reasons []string
+// refusedPlan tells each reason, and whether the disk's serial, typed at a terminal,
+// would lift them all; "" is none that can be typed.
+func refusedPlan(name string, plan api.Plan, serial string) error {
+	var said []string
+	soft := false
 	for _, r := range plan.Refused {
-		reasons = append(reasons, r.Text)
+		said = append(said, r.Text)
+		soft = soft || r.Soft
 	}
-	return refusal("/dev/%s is refused: %s", name, strings.Join(reasons, "; "))
+	if soft && plan.Token != "" && serial != "" {
+		said = append(said, "if it is meant all the same, type its serial at a terminal, without --yes")
+	}
+	return refusal("/dev/%s is refused: %s", name, strings.Join(said, "; "))
 }
 
 // pick lets a person choose from the disks that can be taken out and that
@@ -390,13 +397,17 @@ func (g *global) agree(ctx context.Context, c *client.Client, yes bool, name str
 	}
 	for _, m := range plan.Mounts {
 		if mounted && !m.ByUser {
-			return refusedPlan(name, plan)
+			return refusedPlan(name, plan, "")
 		}
 	}
 	asking := !yes && !g.json && term.IsTerminal(int(os.Stdin.Fd()))
 	switch {
 	case len(plan.Refused) > 0 && (plan.Token == "" || !asking):
-		return refusedPlan(name, plan)
+		typed := ""
+		if d, err := c.Device(ctx, name); err == nil && !asking {
+			typed = d.Serial
+		}
+		return refusedPlan(name, plan, typed)
 	case yes:
 		return nil
 	case !asking:
@@ -407,7 +418,7 @@ func (g *global) agree(ctx context.Context, c *client.Client, yes bool, name str
 		return err
 	}
 	if soft && d.Serial == "" {
-		return refusedPlan(name, plan) // nothing could be typed
+		return refusedPlan(name, plan, "") // nothing could be typed
 	}
 	g.show(name, d, plan)
 	if soft {

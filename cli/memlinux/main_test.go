@@ -288,7 +288,7 @@ func TestTooSmall(t *testing.T) {
 	if digest(t, backing) != before {
 		t.Error("the device was changed")
 	}
-	w.run("write", "--size", "1MiB", w.path("small.img")).wants(t, 1, "needs ")
+	w.run("write", "--size", "1MiB", w.path("small.img")).wants(t, 1, "the image is too small: needs ", "give a larger --size")
 	t.Run("a full disk", func(t *testing.T) {
 		mnt := t.TempDir()
 		sh(t, "mount", "-t", "tmpfs", "-o", "size=4m", "none", mnt)
