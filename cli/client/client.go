@@ -40,6 +40,9 @@ type Client struct {
 var ErrNotRoot = &api.Error{Name: api.ErrNotAuthorized,
 	Message: "memlinuxd is not on the system bus, and only root can start a private one: run this with sudo, or install and start the service"}
 
+// ErrPrivateIsRoots says that the caller asked for a private one and can't start it.
+var ErrPrivateIsRoots = &api.Error{Name: api.ErrNotAuthorized, Message: "--private is for root: use sudo"}
+
 // Connect reaches memlinuxd. With private it starts one on a bus of its own for
 // this process; without, it does so only where no system bus or no memlinuxd is
 // there and the caller is root.
@@ -50,7 +53,11 @@ func Connect(ctx context.Context, private bool) (*Client, error) {
 			return c, err
 		}
 	}
-	if os.Geteuid() != 0 {
+	switch {
+	case os.Geteuid() == 0:
+	case private:
+		return nil, ErrPrivateIsRoots
+	default:
 		return nil, ErrNotRoot
 	}
 	daemon, address, err := startPrivate(ctx)

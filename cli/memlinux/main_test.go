@@ -222,10 +222,12 @@ func TestCancelWhatIsNoJob(t *testing.T) {
 
 func TestNoBusForAnOrdinaryUser(t *testing.T) {
 	w := newWorld(t)
-	cmd := exec.Command(filepath.Join(bin, "memlinux"), "devices")
-	cmd.Env = append(os.Environ(), "DBUS_SYSTEM_BUS_ADDRESS=unix:path="+w.path("none"))
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	finish(t, cmd).wants(t, 4, "sudo")
+	for says, args := range map[string][]string{"not on the system bus": {"devices"}, "--private is for root: use sudo": {"devices", "--private"}} {
+		cmd := exec.Command(filepath.Join(bin, "memlinux"), args...)
+		cmd.Env = append(os.Environ(), "DBUS_SYSTEM_BUS_ADDRESS=unix:path="+w.path("none"))
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		finish(t, cmd).wants(t, 4, says, "sudo")
+	}
 }
 
 func TestBadConfiguration(t *testing.T) {
