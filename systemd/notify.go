@@ -1,8 +1,9 @@
 // Package systemd talks to systemd: it tells the service manager how the
 // daemon is, writes into the journal, keeps the machine from going down while
-// that would spoil a job, and has file systems unmounted. Its folder also holds
-// the files that integrate memlinuxd: the unit, bus activation and the bus
-// policy.
+// that would spoil a job, has file systems unmounted, and runs programs as services
+// of their own. Its folder also holds the files that integrate memlinuxd: the
+// unit, bus activation and the bus policy, polkit's actions, the user for
+// compilers and the ageing of the cache.
 package systemd
 
 import (

@@ -144,8 +144,10 @@ func newNext(g *global) *cobra.Command {
 
 func newRollback(g *global) *cobra.Command {
 	return &cobra.Command{
-		Use:     "rollback",
-		Short:   "Take the last install back: what it replaced stands in the menu again",
+		Use:   "rollback",
+		Short: "Take the last install back: what it replaced stands in the menu again",
+		Long: `Takes the last install back: what it replaced stands in the menu again. That goes
+until an entry is removed, after which there is nothing to take back.`,
 		Example: `  sudo memlinux rollback`,
 		Args:    args(cobra.NoArgs),
 		RunE:    func(c *cobra.Command, _ []string) error { return g.menuJob(c.Context(), "Rollback") },

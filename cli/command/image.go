@@ -18,7 +18,7 @@ type imageFlags struct{ image, sha256 string }
 
 func (i *imageFlags) flags(c *cobra.Command) {
 	c.Flags().StringVar(&i.image, "image", "", "write the disk image or ISO FILE, or - for what comes on stdin, as it is, instead of a system of memlinux; gzip, xz, zstd and bzip2 are decompressed")
-	c.Flags().StringVar(&i.sha256, "sha256", "", "that the --image must have, as the file is given (default: as SHA256SUMS or FILE.sha256 beside it says)")
+	c.Flags().StringVar(&i.sha256, "sha256", "", "that the --image must have, as the file is given (default: as FILE.sha256 or SHA256SUMS beside it says, if there is one)")
 }
 
 // fromStdin is the name of an image that comes on stdin.

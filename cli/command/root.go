@@ -97,7 +97,7 @@ func checkOthers(root *cobra.Command) {
 func prepare(c *cobra.Command, g *global) {
 	c.SilenceErrors, c.SilenceUsage = true, true
 	c.PersistentFlags().BoolVar(&g.private, "private", false, "start a memlinuxd on a bus of its own for this command (done by itself where the caller is root and no service runs)")
-	c.PersistentFlags().BoolVar(&g.json, "json", false, "print one JSON object per event and a final report")
+	c.PersistentFlags().BoolVar(&g.json, "json", false, "print JSON, an object a line: a job's progress and report, or what is listed; memlinux(1) names the fields")
 	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	c.SetVersionTemplate("{{.Version}}\n")
 }

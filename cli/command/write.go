@@ -60,7 +60,7 @@ be taken out. Several disks are written at once, each with a report of its own.
 
 With --image, somebody else's disk image or ISO is written instead, decompressed as
 it comes, with the same care. It must have the sum that --sha256 gives, or that
-SHA256SUMS or FILE.sha256 beside it names. The boot test then sees how far it comes:
+FILE.sha256 or SHA256SUMS beside it names, if there is one. The boot test then sees how far it comes:
 to its boot loader, its kernel or a login.
 
 A write that was interrupted (unplugged, cancelled, a power cut) leaves a disk that

@@ -56,6 +56,16 @@ func TestPages(t *testing.T) {
 			}
 		}
 	}
+	top, err := os.ReadFile(filepath.Join(dir, "man", "memlinux.1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{".SH \"ENVIRONMENT\"\n", "SOURCE_DATE_EPOCH", ".SH \"JSON\"\n", "phase, progress, bytes, total, rate, unit",
+		"file, line, key, text", "report {kind, target {kind, name,", "boots {firmware, ok,", "written, verified, warnings, seconds, resumed}"} {
+		if !strings.Contains(string(top), want) {
+			t.Errorf("memlinux.1 has no %q", want)
+		}
+	}
 	for _, name := range []string{"bash/memlinux", "bash/memlinux-write", "zsh/_memlinux", "zsh/_memlinux-write", "fish/memlinux.fish", "fish/memlinux-write.fish"} {
 		if st, err := os.Stat(filepath.Join(dir, name)); err != nil || st.Size() == 0 {
 			t.Errorf("no completion %s: %v", name, err)

@@ -74,6 +74,12 @@ func (r *roff) item(tag, text string) {
 	r.text(text)
 }
 
+func (r *roff) items(list []command.Item) {
+	for _, i := range list {
+		r.item(i.Name, i.Text)
+	}
+}
+
 // option writes a flag as pflag describes it.
 func (r *roff) option(f *pflag.Flag) {
 	value, usage := pflag.UnquoteUsage(f)
@@ -149,6 +155,15 @@ func commandPage(c *cobra.Command) []byte {
 	r.macro("SH", "EXIT STATUS")
 	for _, e := range command.ExitCodes {
 		r.item(fmt.Sprint(e.Code), e.Meaning)
+	}
+	if !c.HasParent() {
+		r.macro("SH", "ENVIRONMENT")
+		r.items(command.Environment)
+	}
+	if c.Name() == "memlinux" {
+		r.macro("SH", "JSON")
+		r.text(command.JSONAbout)
+		r.items(command.JSON)
 	}
 	var also []string
 	if c.HasParent() {

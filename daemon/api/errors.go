@@ -9,7 +9,7 @@ import (
 )
 
 // Errors of the contract, as names on the bus. The message of each is a
-// sentence that says what to do next.
+// sentence, which says what to do next where that is known.
 const (
 	errPrefix = "org.memlinux.Memlinux1.Error."
 
