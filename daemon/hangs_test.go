@@ -12,7 +12,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/godbus/dbus/v5"
 	"github.com/hanwen/go-fuse/v2/fs"
@@ -106,10 +105,7 @@ func TestFilesThatHoldUp(t *testing.T) {
 	root := dial(t, address)
 	alive := func(after string) {
 		t.Helper()
-		var paths []dbus.ObjectPath
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-		defer cancel()
-		if err := root.Object(api.BusName, api.ManagerPath).CallWithContext(ctx, api.ManagerInterface+".Jobs", 0, map[string]dbus.Variant{}).Store(&paths); err != nil {
+		if err := p.answers(root); err != nil {
 			t.Fatalf("after %s: %v", after, err)
 		}
 	}
@@ -198,8 +194,7 @@ func TestSignalsToEachConnection(t *testing.T) {
 	if sent != 2 {
 		t.Errorf("the daemon has %d connections", sent)
 	}
-	var paths []dbus.ObjectPath
-	if err := invoke(root, api.ManagerPath, api.ManagerInterface+".Jobs", map[string]dbus.Variant{}).Store(&paths); err != nil {
+	if err := p.answers(root); err != nil {
 		t.Fatal(err)
 	}
 	p.settles(before)

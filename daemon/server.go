@@ -327,7 +327,7 @@ func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.
 		}
 		// The program that serves a descriptor (FUSE) may let all that concerns
 		// it wait: the call counts as long as it does, and its answer goes out.
-		settle := func() {
+		finish := func() {
 			for _, fd := range a.files {
 				if fd >= 0 {
 					_ = unix.Close(fd)
@@ -338,9 +338,9 @@ func (s *Server) dispatch(path dbus.ObjectPath, iface, member string, msg *dbus.
 			s.life.answered(a.client.name)
 		}
 		if len(a.files) > 0 {
-			go settle()
+			go finish()
 		} else {
-			settle()
+			finish()
 		}
 		err = bounded(err)
 	}()
