@@ -28,7 +28,7 @@ func (s *Server) qemu() testvm.Launcher {
 	}
 	return func(ctx context.Context, cmd *exec.Cmd, needs testvm.Needs) (func() error, error) {
 		// Without KVM, QEMU translates the guest's code and executes that.
-		return s.units.Start(ctx, cmd, systemd.Unit{Name: "qemu", Memory: needs.Memory, Time: vmTime, JIT: !needs.KVM, KVM: needs.KVM})
+		return s.units.Start(ctx, cmd, systemd.Unit{Name: "qemu", Memory: needs.Memory, File: needs.File, Time: vmTime, JIT: !needs.KVM, KVM: needs.KVM})
 	}
 }
 

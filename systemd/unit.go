@@ -18,6 +18,7 @@ import (
 type Unit struct {
 	Name   string        // what it is, a word for people: "qemu" gives memlinux-qemu-1-2.service
 	Memory int64         // bytes that it may use; 0 for as much as there is
+	File   int64         // bytes that a file may have that it writes; 0 for as many as there is room for
 	Time   time.Duration // after which it is killed; 0 for never
 
 	// User is a user that exists already, by number, or 0 for one of its own.
@@ -168,6 +169,9 @@ func (u Unit) confinement() []property {
 	}
 	if u.Memory > 0 {
 		p = append(p, number("MemoryMax", uint64(u.Memory)))
+	}
+	if u.File > 0 {
+		p = append(p, number("LimitFSIZE", uint64(u.File)))
 	}
 	if u.Time > 0 {
 		p = append(p, property{"RuntimeMaxUSec", uint64(u.Time.Microseconds()), "RuntimeMaxSec=" + strconv.FormatInt(u.Time.Milliseconds(), 10) + "ms"})

@@ -97,6 +97,7 @@ no devices: "full null random tty urandom zero" <nil>
 nothing of homes: "" <nil>
 folders given away: "written by 33, of 33" <nil>
 no other rights for who gives away: "Read-only file system" exit status 1
+no large files: "1048576" <nil>
 a time limit: "" it ran for longer than it may, and was killed
 a signal: "" signal: terminated
 output that nobody takes: "" disk full
@@ -189,6 +190,7 @@ func service(what string) error {
 		{"give", ctx, exec.Command("/bin/chown", "-R", "33:33", dir), Unit{GiveAway: true, Folders: []string{dir}}},
 		{"folders given away", ctx, sh("cd " + dir + " && id -u > f && echo written by $(cat f), of $(stat -c %u f)"), Unit{User: 33, Folders: []string{dir}}},
 		{"no other rights for who gives away", ctx, sh("chown 33 /usr"), Unit{GiveAway: true, Folders: []string{dir}}},
+		{"no large files", ctx, sh("exec 2> /dev/null; head -c 2M /dev/zero > /tmp/a; stat -c %s /tmp/a"), Unit{File: 1 << 20}},
 		{"a time limit", ctx, sh("sleep 1000"), Unit{Time: time.Second}},
 		{"a signal", ctx, sh("kill $$"), Unit{}},
 		{"output that nobody takes", ctx, unwanted, Unit{}},

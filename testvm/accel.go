@@ -74,7 +74,7 @@ func probeKVM(ctx context.Context, launch Launcher) bool {
 	defer ours.Close()
 	var fds descriptors
 	args := append(append(bareMachine(true), "-vga", "none"), firmwareLogTo(fds.add(theirs))...)
-	p, err := spawn(ctx, launch, args, fds.files, Needs{Memory: Machine{}.memoryBound(), KVM: true})
+	p, err := spawn(ctx, launch, args, fds.files, Needs{Memory: Machine{}.memoryBound(), File: maxWritten, KVM: true})
 	theirs.Close()
 	if err != nil {
 		return false

@@ -78,7 +78,9 @@ func (m Machine) command(w wiring) (args []string, files []*os.File) {
 	}
 	if m.Disk != nil {
 		addFile(m.Disk, fdsetDisk)
-		add("-drive", fmt.Sprintf("if=none,id=disk,cache=unsafe,driver=qcow2,file.driver=file,file.filename=%s,backing.driver=raw,backing.size=%d,%s",
+		// An overlay that has no more room is the guest's to see: QEMU would stop the
+		// machine, and nobody would let it go on.
+		add("-drive", fmt.Sprintf("if=none,id=disk,cache=unsafe,werror=report,driver=qcow2,file.driver=file,file.filename=%s,backing.driver=raw,backing.size=%d,%s",
 			inheritedPath(fds.add(w.scratch.overlay)), m.DiskSize, base("backing.", w.diskDriver, fdsetDisk)))
 		add(m.diskDevice()...)
 	}
@@ -130,10 +132,14 @@ func base(prefix, driver string, set int) string {
 	return fmt.Sprintf("%[1]sfile.driver=%[2]s,%[1]sfile.filename=/dev/fdset/%[3]d,%[1]sfile.locking=off", prefix, driver, set)
 }
 
-// diskDevice attaches the drive "disk" as the first boot device: SeaBIOS hangs
-// on a first disk that has no boot code.
+// diskDevice attaches the drive "disk" as the first boot device, which a kernel
+// that is booted directly is already: SeaBIOS hangs on a first disk that has no
+// boot code.
 func (m Machine) diskDevice() []string {
-	opts := fmt.Sprintf("drive=disk,bootindex=0,logical_block_size=%d,physical_block_size=%d", m.SectorSize, m.SectorSize)
+	opts := fmt.Sprintf("drive=disk,logical_block_size=%d,physical_block_size=%d", m.SectorSize, m.SectorSize)
+	if m.Kernel == nil {
+		opts += ",bootindex=0"
+	}
 	switch m.Bus {
 	case USB:
 		// usb-storage, which is these two devices in one, ignores the sector

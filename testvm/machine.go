@@ -76,6 +76,13 @@ func (m Machine) memoryMiB() int {
 // KVM it keeps up to 1 GiB of code that it translated (its accel/tcg, "tb-size").
 const qemuMemory = 1<<30 + 512<<20
 
+// maxWritten is how many bytes a guest may write on its disk, about: they go into
+// a file on a disk of ours. A system in memory writes nothing, one that grows its
+// file systems over a large disk when it first boots, some hundred MiB. For more
+// the guest sees a disk with errors: the threads of QEMU that write have all
+// signals blocked, SIGXFSZ, too (setrlimit(2), RLIMIT_FSIZE). Tests have less.
+var maxWritten int64 = 2 << 30
+
 // memoryBound is the most that QEMU needs, in bytes.
 func (m Machine) memoryBound() int64 { return int64(m.memoryMiB())<<20 + qemuMemory }
 

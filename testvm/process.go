@@ -42,6 +42,7 @@ func credential(groups []uint32) (*syscall.Credential, error) {
 // Needs are what a QEMU must be allowed, besides what is in its command.
 type Needs struct {
 	Memory int64 // the most that it takes, in bytes
+	File   int64 // the most that a file may have that it writes, in bytes
 	KVM    bool  // it opens /dev/kvm; else it writes code that it executes
 }
 
@@ -99,7 +100,7 @@ func (p *process) asChild(_ context.Context, cmd *exec.Cmd, needs Needs) (wait f
 	}
 	cred, err := credential(groups)
 	if err == nil {
-		err = bound(cmd, needs.Memory)
+		err = bound(cmd, needs)
 	}
 	if err != nil {
 		return nil, err
@@ -134,12 +135,12 @@ const mapped = 4 << 30
 
 // bound makes cmd set limits for itself before it becomes QEMU. Processes are not
 // among them: the kernel counts all of the user's, of other programs, too.
-func bound(cmd *exec.Cmd, memory int64) error {
+func bound(cmd *exec.Cmd, needs Needs) error {
 	prlimit, err := exec.LookPath("prlimit")
 	if err != nil {
 		return &MissingError{What: "prlimit", Package: "util-linux"}
 	}
-	limits := []string{prlimit, fmt.Sprintf("--as=%d", memory+mapped), "--core=0", "--nofile=1024"}
+	limits := []string{prlimit, fmt.Sprintf("--as=%d", needs.Memory+mapped), fmt.Sprintf("--fsize=%d", needs.File), "--core=0", "--nofile=1024"}
 	cmd.Path, cmd.Args = prlimit, slices.Concat(limits, []string{"--", cmd.Path}, cmd.Args[1:])
 	return nil
 }

@@ -150,7 +150,7 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 		vm.screenPath = inheritedPath(strconv.Itoa(slices.Index(files, vm.screen) + 3))
 	}
 	vm.started = time.Now()
-	vm.process, err = spawn(ctx, m.Launch, args, files, Needs{Memory: m.memoryBound(), KVM: kvm})
+	vm.process, err = spawn(ctx, m.Launch, args, files, Needs{Memory: m.memoryBound(), File: maxWritten, KVM: kvm})
 	if err != nil {
 		closeOurs()
 		return nil, err
