@@ -84,6 +84,10 @@ type Expect struct {
 	Extra time.Duration
 }
 
+// mostPatience bounds what one proof may take, whatever its system says that it
+// unpacks.
+const mostPatience = 30 * time.Minute
+
 // contentRate is what of a system is loaded, unpacked and started in a second,
 // in bytes, at the very least. Measured without KVM on two loaded cores: 4 MiB.
 const contentRate = 1 << 20
@@ -112,9 +116,10 @@ func Prove(ctx context.Context, m Machine, want Expect, progress func(stage stri
 	if progress == nil {
 		progress = func(string) {}
 	}
-	v, err := prove(ctx, m, want, progress)
+	begin, limit := time.Now(), patience(m.Firmware, want)
+	v, err := prove(ctx, m, want, limit, progress)
 	if err == nil && !v.OK && strings.Contains(v.Reason, timerPanic) {
-		v, err = prove(ctx, m, want, progress)
+		v, err = prove(ctx, m, want, min(limit, mostPatience-time.Since(begin)), progress)
 	}
 	if err != nil {
 		return v, fmt.Errorf("prove %s: %w", m.Firmware, err)
@@ -127,7 +132,17 @@ func Prove(ctx context.Context, m Machine, want Expect, progress func(stage stri
 // the disk. It is tried once more.
 const timerPanic = "IO-APIC + timer doesn't work"
 
-func prove(ctx context.Context, m Machine, want Expect, progress func(string)) (Verdict, error) {
+// patience is how long the boot may take until its ready line.
+func patience(fw Firmware, want Expect) time.Duration {
+	limit := biosLimit
+	if fw == UEFI {
+		limit = uefiLimit
+	}
+	unpacking := time.Duration(min(want.Content/contentRate, int64(mostPatience/time.Second))) * time.Second
+	return min(limit+unpacking+want.Extra, mostPatience)
+}
+
+func prove(ctx context.Context, m Machine, want Expect, limit time.Duration, progress func(string)) (Verdict, error) {
 	v := Verdict{Firmware: m.Firmware, Accelerator: "tcg"}
 	log, err := createAnew(filepath.Join(m.Dir, string(m.Firmware)+"-console.log"))
 	if err != nil {
@@ -153,11 +168,6 @@ func prove(ctx context.Context, m Machine, want Expect, progress func(string)) (
 	}
 	v.ConsoleLog = log.Name()
 
-	limit := biosLimit
-	if m.Firmware == UEFI {
-		limit = uefiLimit
-	}
-	limit += time.Duration(float64(want.Content)/contentRate*float64(time.Second)) + want.Extra
 	w := watch{vm: vm, detector: detector{buildID: want.Build, local: want.Local, foreign: want.Foreign}, log: log, progress: progress}
 	listening, stop := context.WithCancel(ctx)
 	defer stop()
