@@ -81,12 +81,20 @@ func (s *Server) startVerify(c *call, open func(*options) (*source, error)) ([]a
 			report.Verified = true
 			return report, nil
 		}
+		available, err := availableMemory()
+		if err != nil {
+			return report, err
+		}
+		if err := tooLarge(m, available, s.config().Memory); err != nil {
+			return report, &api.Error{Name: api.ErrVerification, Message: err.Error()}
+		}
 		return report, s.prove(ctx, j, report, disk.file, m)
 	})
 }
 
 // check reads a stick that memlinux wrote: its partition tables, its
-// filesystem, and every file that the manifest has a digest of.
+// filesystem, every file that the manifest has a digest of, and whether what the
+// manifest says of them can be.
 func check(ctx context.Context, disk *source, report *api.Report, progress func(done, total int64)) (api.Manifest, error) {
 	found, err := stick.Inspect(disk.file, disk.size, disk.sectorSize)
 	if err != nil {
@@ -122,6 +130,13 @@ func check(ctx context.Context, disk *source, report *api.Report, progress func(
 		}
 		done += n
 		report.Image.Bytes += n
+	}
+	k, err := stickImage(found.FS(), m.Kernel.Size)
+	if err != nil {
+		return m, err
+	}
+	if err := implausible(m, k); err != nil {
+		return m, err
 	}
 	if err := checkMenu(found.FS(), volume, report.System.Cmdline); err != nil {
 		return m, err

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -92,6 +93,28 @@ func TestStick(t *testing.T) {
 			t.Error(o.stdout)
 		}
 	})
+	for _, c := range []struct {
+		name, key, says string
+	}{
+		{"a system that is said to be very large", "unpacked", "unpacks to 999999999999, which can't be"},
+		{"a system that is said to need much memory", "uefi_mib", "needs 999999999999 MiB of memory with UEFI"},
+	} {
+		t.Run("verify: "+c.name, func(t *testing.T) {
+			changed, manifest := w.path("state/changed.img"), w.path("state/manifest.json")
+			sh(t, "cp", img, changed)
+			sh(t, "mcopy", "-n", "-o", "-i", img+"@@1M", "::/boot/manifest.json", manifest)
+			text, err := os.ReadFile(manifest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			number := regexp.MustCompile(`("` + c.key + `": )\d+`)
+			if err := os.WriteFile(manifest, number.ReplaceAll(text, []byte("${1}999999999999")), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			sh(t, "mcopy", "-o", "-i", changed+"@@1M", manifest, "::/boot/manifest.json")
+			w.run("verify", "--no-boot-test", changed).wants(t, 5, c.says)
+		})
+	}
 	t.Run("verify: not a stick", func(t *testing.T) {
 		empty := w.path("state/empty.img")
 		if err := os.WriteFile(empty, nil, 0o644); err != nil {
