@@ -41,8 +41,8 @@ type Server struct {
 	checks  singleflight.Group
 	ctx     context.Context
 
-	guests   chan struct{} // one place for each virtual machine that may run
-	consoles chan struct{} // and for each of them that is on the console of a user but root
+	guests   *guests
+	consoles chan struct{} // one place for each virtual machine that may run on the console of a user but root
 	looks    chan struct{} // one for each look at a disk, which starts a program
 
 	interruptions *interruptions
@@ -62,18 +62,11 @@ func (s *Server) config() config.Config { return *s.configuration.Load() }
 // maxLooks is how many disks may be looked at at once.
 const maxLooks = 4
 
-// maxGuests is how many virtual machines may run at once: without KVM each
-// takes a whole core, and a third on two cores runs into the time limits.
-const maxGuests = 2
-
-// maxConsoles leaves a place for proofs, which end by themselves.
-const maxConsoles = maxGuests - 1
-
 // Serve offers the service on the bus at address (the system bus where it is
 // empty) until ctx ends or the bus goes away. The authority decides who may do
 // what. ready is called when the name is ours. On return no job runs any more.
 func Serve(ctx context.Context, address string, authority Authority, c config.Config, version string, ready func() error, options ...Option) error {
-	s := &Server{version: version, guests: make(chan struct{}, maxGuests), consoles: make(chan struct{}, maxConsoles), looks: make(chan struct{}, maxLooks),
+	s := &Server{version: version, guests: newGuests(), consoles: make(chan struct{}, maxConsoles), looks: make(chan struct{}, maxLooks),
 		opened: make(chan struct{}), ctx: ctx, authority: authority, gate: newGate(), refusals: make(chan *dbus.Message, maxRefusals), life: newLife()}
 	s.configuration.Store(&c)
 	for _, option := range options {

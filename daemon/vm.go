@@ -170,7 +170,8 @@ func (s *Server) runVM(ctx context.Context, j *jobs.Job, m testvm.Machine, socke
 	// A client that takes nothing does not hold up a cancel.
 	stop := context.AfterFunc(ctx, func() { console.Close() })
 	defer stop()
-	if j.Snapshot().Owner != 0 {
+	owner := j.Snapshot().Owner
+	if owner != 0 {
 		select {
 		case s.consoles <- struct{}{}:
 			defer func() { <-s.consoles }()
@@ -178,12 +179,11 @@ func (s *Server) runVM(ctx context.Context, j *jobs.Job, m testvm.Machine, socke
 			return &api.Error{Name: api.ErrBusy, Message: "a virtual machine with a user's console runs already; wait for it to end"}
 		}
 	}
-	select {
-	case s.guests <- struct{}{}:
-		defer func() { <-s.guests }()
-	default:
-		return &api.Error{Name: api.ErrBusy, Message: fmt.Sprintf("%d virtual machines run already; wait for one to end", maxGuests)}
+	done, err := s.guests.enterNow(owner)
+	if err != nil {
+		return err
 	}
+	defer done()
 	m.Dir = s.reportDir(j.ID())
 	m.Launch = s.qemu()
 	vm, err := testvm.Start(ctx, m)

@@ -525,7 +525,7 @@ func (s *Server) tryBoot(ctx context.Context, j *jobs.Job, report *api.Report, m
 	machine.Dir = s.reportDir(j.ID())
 	name := strings.ToUpper(string(machine.Firmware))
 	j.Begin(bootPhase(machine.Firmware))
-	v, err := s.boot(ctx, machine, want)
+	v, err := s.boot(ctx, j.Snapshot().Owner, machine, want)
 	if ctx.Err() != nil {
 		return "", ctx.Err()
 	}
@@ -544,14 +544,13 @@ func (s *Server) tryBoot(ctx context.Context, j *jobs.Job, report *api.Report, m
 	return "", nil
 }
 
-// boot proves one machine, when there is room for one more.
-func (s *Server) boot(ctx context.Context, m testvm.Machine, want testvm.Expect) (testvm.Verdict, error) {
-	select {
-	case s.guests <- struct{}{}:
-		defer func() { <-s.guests }()
-	case <-ctx.Done():
-		return testvm.Verdict{}, ctx.Err()
+// boot proves one machine of the user, when there is room for one more.
+func (s *Server) boot(ctx context.Context, uid uint32, m testvm.Machine, want testvm.Expect) (testvm.Verdict, error) {
+	done, err := s.guests.enter(ctx, uid)
+	if err != nil {
+		return testvm.Verdict{}, err
 	}
+	defer done()
 	m.Launch = s.qemu()
 	return testvm.Prove(ctx, m, want, nil)
 }
