@@ -207,9 +207,9 @@ func (s *Server) installEntry(c *call) ([]any, error) {
 			phases = append(phases, jobs.Phase{Name: bootPhase(testvm.Firmware(b.Firmware)), Weight: 12})
 		}
 	}
-	return s.start(c, api.KindInstall, phases, o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+	return s.start(c, api.KindInstall, phases, o.files, s.withCache(func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		return s.runInstall(ctx, j, recipe, b, w)
-	})
+	}))
 }
 
 // suitable looks, before anything is built, whether this PC can be given such an

@@ -333,7 +333,7 @@ func (s *Server) resume(c *call, o *options) ([]any, error) {
 	if bootTest {
 		phases = append(phases, bootPhases...)
 	}
-	ret, err := s.start(c, api.KindWrite, phases, nil, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+	ret, err := s.start(c, api.KindWrite, phases, nil, s.withCache(func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		defer disk.Close()
 		to := s.toDevice(dev, disk)
 		report := &api.Report{Kind: api.KindWrite, Target: to.target, Resumed: before.Job}
@@ -347,7 +347,7 @@ func (s *Server) resume(c *call, o *options) ([]any, error) {
 		}
 		sys.Warnings = before.Warnings
 		return s.put(ctx, j, report, sys, before.Stamp, to, bootTest, before)
-	})
+	}))
 	if err != nil {
 		disk.Close()
 	}

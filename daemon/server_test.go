@@ -18,6 +18,8 @@ import (
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/config"
+	"github.com/memlinux/memlinux/daemon/jobs"
+	"github.com/memlinux/memlinux/imagegen/cache"
 	"github.com/memlinux/memlinux/testvm/need"
 )
 
@@ -76,7 +78,7 @@ func startBus(t *testing.T) string {
 }
 
 // serve serves memlinuxd on the bus until the test ends.
-func serve(t *testing.T, address string, authority Authority) {
+func serve(t *testing.T, address string, authority Authority) config.Config {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, ended := make(chan struct{}), make(chan error, 1)
@@ -95,6 +97,7 @@ func serve(t *testing.T, address string, authority Authority) {
 			t.Errorf("Serve: %v", err)
 		}
 	})
+	return c
 }
 
 func dial(t *testing.T, address string) *dbus.Conn {
@@ -325,4 +328,50 @@ func TestDisksComeAndGo(t *testing.T) {
 	}
 	detach()
 	await("InterfacesRemoved")
+}
+
+// A job that needs nothing of the cache does not keep it from being cleared away,
+// and one that does, does.
+func TestWhoKeepsTheCache(t *testing.T) {
+	need.Root(t)
+	address := startBus(t)
+	dir := serve(t, address, RootOnly).CacheDir
+	conn := dial(t, address)
+	file := filepath.Join(dir, "files", strings.Repeat("a", 64))
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	kept := func() bool {
+		t.Helper()
+		if err := os.WriteFile(file, []byte("old"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := cache.Trim(dir, 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		_, err := os.Stat(file)
+		return err == nil
+	}
+	console, _ := startWaiting(t, conn)
+	awaitState(t, conn, console, api.StateRunning)
+	if kept() {
+		t.Error("a virtual machine's console keeps the cache")
+	}
+	if err := invoke(conn, console, api.JobInterface+".Cancel", map[string]dbus.Variant{}).Err; err != nil {
+		t.Fatal(err)
+	}
+
+	ours := &Server{}
+	ours.configuration.Store(&config.Config{CacheDir: dir})
+	if _, err := ours.withCache(func(context.Context, *jobs.Job) (*api.Report, error) {
+		if !kept() {
+			t.Error("what a build works with goes")
+		}
+		return nil, nil
+	})(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(file); err == nil {
+		t.Error("the cache stays larger than it may after a build")
+	}
 }

@@ -108,17 +108,6 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 			ctx, done = context.WithTimeoutCause(ctx, userTime, tooLong)
 			defer done()
 		}
-		// Who needs the cache will say why, where it can't be used.
-		if done, err := cache.Use(s.config().CacheDir); err == nil {
-			defer func() {
-				done()
-				limit := int64(s.config().CacheLimit) << 20
-				// One user leaves the others half of it.
-				if err := cache.Trim(s.config().CacheDir, limit, limit/2); err != nil {
-					fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
-				}
-			}()
-		}
 		report, err := run(ctx, j)
 		switch {
 		case err != nil && errors.Is(context.Cause(ctx), tooLong):
@@ -141,6 +130,26 @@ func (s *Server) start(c *call, kind string, phases []jobs.Phase, files []*os.Fi
 		s.bind(j, c.client)
 	}
 	return []any{api.JobPath(j.ID())}, nil
+}
+
+// withCache is run, of a job that makes a system or writes one: what it finds in
+// the cache stays until it has ended, and then the cache is within its bounds.
+func (s *Server) withCache(run jobs.Run) jobs.Run {
+	return func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+		dir := s.config().CacheDir
+		// Who needs the cache will say why, where it can't be used.
+		if done, err := cache.Use(dir); err == nil {
+			defer func() {
+				done()
+				limit := int64(s.config().CacheLimit) << 20
+				// One user leaves the others half of it.
+				if err := cache.Trim(dir, limit, limit/2); err != nil {
+					fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
+				}
+			}()
+		}
+		return run(ctx, j)
+	}
 }
 
 // bind ends the job with the client's connection: whoever could feed it or listen
@@ -190,7 +199,7 @@ func (s *Server) build(c *call) ([]any, error) {
 	if err := o.end(); err != nil {
 		return nil, err
 	}
-	return s.start(c, api.KindBuild, buildPhases(recipe), o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+	return s.start(c, api.KindBuild, buildPhases(recipe), o.files, s.withCache(func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		report := &api.Report{Kind: api.KindBuild}
 		sys, err := s.generate(ctx, j, recipe)
 		if err != nil {
@@ -202,7 +211,7 @@ func (s *Server) build(c *call) ([]any, error) {
 		}
 		report.Verified = true
 		return report, nil
-	})
+	}))
 }
 
 // deliver writes what was built into the caller's own files.
@@ -302,12 +311,12 @@ func (s *Server) write(c *call) ([]any, error) {
 		return nil, err
 	}
 	to := s.toDevice(dev, disk)
-	ret, err := s.start(c, api.KindWrite, phasesOfWrite(recipe, bootTest), o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+	ret, err := s.start(c, api.KindWrite, phasesOfWrite(recipe, bootTest), o.files, s.withCache(func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		// Held to the end, so that nothing mounts or writes the stick
 		// before it is proven.
 		defer disk.Close()
 		return s.runWrite(ctx, j, recipe, to, bootTest)
-	})
+	}))
 	if err != nil {
 		disk.Close()
 	}
@@ -386,9 +395,9 @@ func (s *Server) writeFile(c *call) ([]any, error) {
 		open:       func(im *media.Image) (media.Disk, error) { return media.NewFileDisk(f, im) },
 		reopen:     func(context.Context) (*os.File, error) { return readOnly(f) },
 	}
-	return s.start(c, api.KindWrite, phasesOfWrite(recipe, bootTest), o.files, func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
+	return s.start(c, api.KindWrite, phasesOfWrite(recipe, bootTest), o.files, s.withCache(func(ctx context.Context, j *jobs.Job) (*api.Report, error) {
 		return s.runWrite(ctx, j, recipe, to, bootTest)
-	})
+	}))
 }
 
 // readOnly opens the file behind f, which is open for reading, once more: for
