@@ -170,6 +170,15 @@ func deviceAction(d blockdev.Device, removable, fixed string) string {
 	return fixed
 }
 
+// stillOn fails where the call would need another permission for the device than it
+// got: while somebody was asked, it became another one.
+func (c *call) stillOn(d blockdev.Device, removable, fixed string) error {
+	if deviceAction(d, removable, fixed) != c.action {
+		return &api.Error{Name: api.ErrDeviceChanged, Message: d.Path + " is another disk than a moment ago; look again, and run the command again"}
+	}
+	return nil
+}
+
 // deviceDetails are for rules, and "drive" for the prompt.
 func deviceDetails(d blockdev.Device) map[string]string {
 	details := map[string]string{"device": shown(d.Path), "vendor": shown(d.Vendor), "model": shown(d.Model), "serial": shown(d.Serial)}

@@ -24,9 +24,20 @@ import (
 )
 
 func (s *Server) verify(c *call) ([]any, error) {
-	return s.startVerify(c, func(o *options) (*source, error) {
-		return s.openToRead(c.ctx, nil, c.args[0].(dbus.ObjectPath))
-	})
+	return s.startVerify(c, func(*options) (*source, error) { return s.openToVerify(c) })
+}
+
+// openToVerify opens the device that the call is allowed to verify.
+func (s *Server) openToVerify(c *call) (*source, error) {
+	disk, err := s.openToRead(c.ctx, nil, c.args[0].(dbus.ObjectPath))
+	if err != nil {
+		return nil, err
+	}
+	if err := c.stillOn(*disk.device, actionVerify, actionVerifyFixed); err != nil {
+		disk.file.Close()
+		return nil, err
+	}
+	return disk, nil
 }
 
 func (s *Server) verifyFile(c *call) ([]any, error) {

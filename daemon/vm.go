@@ -11,6 +11,7 @@ import (
 
 	"github.com/memlinux/memlinux/daemon/api"
 	"github.com/memlinux/memlinux/daemon/jobs"
+	"github.com/memlinux/memlinux/media/blockdev"
 	"github.com/memlinux/memlinux/media/iso"
 	"github.com/memlinux/memlinux/testvm"
 )
@@ -95,6 +96,7 @@ type source struct {
 	size       int64 // bytes
 	sectorSize int
 	target     *api.Target
+	device     *blockdev.Device // nil: a file
 }
 
 // openToRead opens the device, or the file once more; nil where there is
@@ -110,7 +112,7 @@ func (s *Server) openToRead(ctx context.Context, file *os.File, device dbus.Obje
 		if err != nil {
 			return nil, err
 		}
-		return &source{f, d.Size, d.LogicalBlockSize, deviceTarget(d)}, nil
+		return &source{f, d.Size, d.LogicalBlockSize, deviceTarget(d), &d}, nil
 	case file != nil:
 		f, err := readOnly(file)
 		if err != nil {
@@ -127,7 +129,7 @@ func (s *Server) openToRead(ctx context.Context, file *os.File, device dbus.Obje
 			f.Close()
 			return nil, invalidOption("the file is smaller than a sector; it is no disk image")
 		}
-		return &source{f, size, 512, &api.Target{Kind: "file", Size: size, SectorSize: 512}}, nil
+		return &source{f, size, 512, &api.Target{Kind: "file", Size: size, SectorSize: 512}, nil}, nil
 	}
 	return nil, nil
 }

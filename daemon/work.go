@@ -352,8 +352,8 @@ func (s *Server) openDevice(c *call, terms blockdev.Terms) (blockdev.Device, *bl
 	if err != nil {
 		return dev, nil, err
 	}
-	if deviceAction(dev, actionWriteRemovable, actionWriteFixed) != c.action {
-		return dev, nil, &api.Error{Name: api.ErrDeviceChanged, Message: dev.Path + " is another disk than a moment ago; look again, and run the command again"}
+	if err := c.stillOn(dev, actionWriteRemovable, actionWriteFixed); err != nil {
+		return dev, nil, err
 	}
 	disk, err := s.devices.system.OpenOn(c.ctx, dev.Name, c.args[1].(string), terms)
 	c.target = deviceTarget(dev)
