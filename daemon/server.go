@@ -39,6 +39,7 @@ type Server struct {
 	opened  chan struct{}  // closed when calls may be answered
 	units   *systemd.Units // nil where there is no systemd that runs us
 	checks  singleflight.Group
+	checkup atomic.Pointer[checkup]
 	ctx     context.Context
 
 	guests   *guests
