@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,40 +32,72 @@ func (s *Server) makeReportDir(job string, owner uint32) (string, error) {
 	return dir, nil
 }
 
+// Names of access control lists (acl(5)), as the kernel takes them:
+// linux/posix_acl_xattr.h, version 2.
+const (
+	aclName = "system.posix_acl_access"
+	aclUser = 2 // the tag of a user by number
+)
+
 // grant lets the user enter the folder, who need not become its owner for that,
-// and read the names in it. It is an access control list (acl(5)), as the kernel
-// takes it: linux/posix_acl_xattr.h, version 2.
+// and read the names in it.
 func grant(dir string, uid uint32) error {
 	const (
-		userObj, user, groupObj, mask, other = 1, 2, 4, 0x10, 0x20
-		nobody                               = ^uint32(0) // where a tag names none
+		userObj, groupObj, mask, other = 1, 4, 0x10, 0x20
+		nobody                         = ^uint32(0) // where a tag names none
 	)
 	list := binary.LittleEndian.AppendUint32(nil, 2)
 	for _, e := range []struct {
 		tag, perm uint16
 		id        uint32
-	}{{userObj, 7, nobody}, {user, 5, uid}, {groupObj, 0, nobody}, {mask, 5, nobody}, {other, 0, nobody}} {
+	}{{userObj, 7, nobody}, {aclUser, 5, uid}, {groupObj, 0, nobody}, {mask, 5, nobody}, {other, 0, nobody}} {
 		list = binary.LittleEndian.AppendUint16(list, e.tag)
 		list = binary.LittleEndian.AppendUint16(list, e.perm)
 		list = binary.LittleEndian.AppendUint32(list, e.id)
 	}
-	return unix.Setxattr(dir, "system.posix_acl_access", list, 0)
+	return unix.Setxattr(dir, aclName, list, 0)
 }
 
-// keepReports is how many jobs' console logs and screenshots are kept.
-const keepReports = 50
+// ownerOf is the user whom grant let in, or 0. Where that can't be had, the folder is
+// root's alone.
+func ownerOf(dir string) uint32 {
+	list := make([]byte, 1<<10)
+	n, err := unix.Getxattr(dir, aclName, list)
+	if err != nil || n < 4 {
+		return 0
+	}
+	for e := list[4:n]; len(e) >= 8; e = e[8:] {
+		if binary.LittleEndian.Uint16(e) == aclUser {
+			return binary.LittleEndian.Uint32(e[4:])
+		}
+	}
+	return 0
+}
+
+// How many jobs' console logs and screenshots are kept, of root and of each other
+// user: nobody's push out another's.
+const (
+	keepReports       = 50
+	keepReportsOfUser = 20
+)
 
 // dropOldReports removes the oldest: job IDs sort by time.
 func (s *Server) dropOldReports() {
 	entries, err := os.ReadDir(s.stateDir("reports"))
-	if err != nil || len(entries) <= keepReports {
+	if err != nil {
 		return // none yet
 	}
-	for _, e := range entries[:len(entries)-keepReports] {
+	of := map[uint32]int{}
+	for _, e := range slices.Backward(entries) {
+		owner := ownerOf(s.reportDir(e.Name()))
+		of[owner]++
+		if of[owner] <= keepReportsOfUser || owner == 0 && of[owner] <= keepReports {
+			continue
+		}
 		if _, known := s.jobs.Job(e.Name()); known {
 			continue
 		}
-		if err := os.RemoveAll(s.stateDir("reports", e.Name())); err != nil {
+		if err := os.RemoveAll(s.reportDir(e.Name())); err != nil {
 			fmt.Fprintf(os.Stderr, "memlinuxd: %v\n", err)
 		}
 	}
