@@ -49,6 +49,57 @@ func TestDependencies(t *testing.T) {
 	}
 }
 
+// A service is stopped only where it says that no job runs.
+func TestPrermStopsNoJob(t *testing.T) {
+	for name, c := range map[string]struct {
+		jobs string // what memlinux jobs does
+		ends bool   // the service
+		says string
+	}{
+		"no job":              {`echo '{"id":"a","state":"succeeded"}'`, true, ""},
+		"a job":               {`printf '%s\n' '{"id":"a","state":"succeeded"}' '{"id":"b","state":"running"}'`, false, "a job is running"},
+		"no answer":           {"exit 1", false, "does not say whether a job is running"},
+		"half an answer":      {`echo '{"id":"a","state":"succeeded"}'; exit 1`, false, "does not say whether a job is running"},
+		"an answer too late":  {"exit 124", false, "stop the service yourself ("},
+		"killed in the midst": {"kill -9 $$", false, "does not say whether a job is running"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			service := exec.Command("sleep", "1000")
+			if err := service.Start(); err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan error, 1)
+			go func() { ended <- service.Wait() }()
+			defer service.Process.Kill()
+			dir := t.TempDir()
+			for program, does := range map[string]string{
+				"dbus-send":          fmt.Sprintf("echo '   uint32 %d'", service.Process.Pid),
+				"deb-systemd-invoke": fmt.Sprintf("kill %d", service.Process.Pid),
+				"memlinux":           c.jobs,
+			} {
+				if err := os.WriteFile(filepath.Join(dir, program), []byte("#!/bin/sh\n"+does+"\n"), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			cmd := exec.Command("/bin/sh", "memlinux.prerm", "upgrade", "2")
+			cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"))
+			out, err := cmd.CombinedOutput()
+			if (err == nil) != c.ends || !strings.Contains(string(out), c.says) {
+				t.Errorf("%v: %s", err, out)
+			}
+			if c.ends {
+				<-ended // or the test's limit ends it
+				return
+			}
+			select {
+			case <-ended:
+				t.Error("the service was stopped")
+			case <-time.After(100 * time.Millisecond):
+			}
+		})
+	}
+}
+
 func TestPackage(t *testing.T) {
 	deb := debtest.Build(t, "..", t.TempDir())
 	t.Run("lintian", func(t *testing.T) {
@@ -205,7 +256,11 @@ as anna memlinux jobs > /dev/null
 [ "$(state)" = active ]
 
 # Purged, nothing runs, and only the configuration is left.
+mkdir -p /efi/memlinux
+touch /efi/memlinux/vmlinuz
 apt purge memlinux
+grep "its entries stay in this PC's boot menu" /tmp/apt > stays
+rm -r /efi
 fails grep -q memlinuxd /proc/[0-9]*/comm
 [ ! -e /run/memlinux ]
 snapshot /tmp/after
