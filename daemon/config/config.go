@@ -24,7 +24,7 @@ const DefaultPath = "/etc/memlinux/memlinux.toml"
 // Config is how memlinuxd works on this machine.
 type Config struct {
 	CacheDir     string        `mapstructure:"cache-dir"`     // kernels and generated systems; may be emptied while no job runs
-	CacheLimit   int           `mapstructure:"cache-limit"`   // MiB that the cache keeps between jobs; what was used longest ago goes first
+	CacheLimit   int           `mapstructure:"cache-limit"`   // MiB of kernels and systems that the cache keeps between jobs; what was used longest ago goes first
 	StateDir     string        `mapstructure:"state-dir"`     // jobs, console logs and screenshots
 	Kernel       string        `mapstructure:"kernel"`        // where a client names none: auto or debian:PACKAGE
 	Memory       int           `mapstructure:"memory"`        // MiB of vm's machine where a client names none, and the least of install's test

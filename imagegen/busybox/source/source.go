@@ -439,7 +439,7 @@ func (b *build) identify() error {
 		b.env = append(b.env, "KCONFIG_NOTIMESTAMP=1") // an older busybox; it then says nothing
 	}
 	if b.compiler != "gcc" {
-		b.env = append(b.env, "CCACHE_DIR="+b.r.CcacheDir, "CCACHE_BASEDIR="+b.tree, "CCACHE_NOHASHDIR=1", "CCACHE_COMPILERCHECK=content")
+		b.env = append(b.env, "CCACHE_DIR="+b.r.CcacheDir, "CCACHE_BASEDIR="+b.tree, "CCACHE_NOHASHDIR=1", "CCACHE_COMPILERCHECK=content", "CCACHE_MAXSIZE=2G")
 	}
 	return nil
 }
