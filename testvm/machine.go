@@ -83,6 +83,19 @@ const qemuMemory = 1<<30 + 512<<20
 // signals blocked, SIGXFSZ, too (setrlimit(2), RLIMIT_FSIZE). Tests have less.
 var maxWritten int64 = 2 << 30
 
+// leastWritten is what a guest may write in any case, in bytes: firmware keeps its
+// variables in such a file, too.
+const leastWritten = 8 << 20
+
+// mayWrite is maxWritten, or half of what is free where m's scratch goes.
+func (m Machine) mayWrite() (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(m.Dir, &st); err != nil {
+		return 0, fmt.Errorf("ask for the free space of %s: %w", m.Dir, err)
+	}
+	return max(leastWritten, min(maxWritten, int64(st.Bavail)*st.Bsize/2)), nil
+}
+
 // memoryBound is the most that QEMU needs, in bytes.
 func (m Machine) memoryBound() int64 { return int64(m.memoryMiB())<<20 + qemuMemory }
 

@@ -96,6 +96,10 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
+	written, err := m.mayWrite()
+	if err != nil {
+		return nil, fmt.Errorf("machine: %w", err)
+	}
 	scratch, err := makeScratch(m)
 	if err != nil {
 		return nil, fmt.Errorf("machine: %w", err)
@@ -150,7 +154,7 @@ func launch(ctx context.Context, m Machine, screenshot *os.File) (*VM, error) {
 		vm.screenPath = inheritedPath(strconv.Itoa(slices.Index(files, vm.screen) + 3))
 	}
 	vm.started = time.Now()
-	vm.process, err = spawn(ctx, m.Launch, args, files, Needs{Memory: m.memoryBound(), File: maxWritten, KVM: kvm})
+	vm.process, err = spawn(ctx, m.Launch, args, files, Needs{Memory: m.memoryBound(), File: written, KVM: kvm})
 	if err != nil {
 		closeOurs()
 		return nil, err

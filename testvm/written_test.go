@@ -4,6 +4,8 @@ import (
 	"os"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/memlinux/memlinux/testvm/need"
 )
 
@@ -38,5 +40,26 @@ func TestGuestFillsItsDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 		console(t, vm, c.want)
+	}
+}
+
+// A small disk of ours is not filled.
+func TestMayWrite(t *testing.T) {
+	need.Root(t)
+	dir := t.TempDir()
+	for _, c := range []struct {
+		size string
+		want int64
+	}{{"64m", 32 << 20}, {"1m", leastWritten}, {"16g", maxWritten}} {
+		if err := unix.Mount("none", dir, "tmpfs", 0, "size="+c.size); err != nil {
+			t.Fatal(err)
+		}
+		got, err := Machine{Dir: dir}.mayWrite()
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err != nil || got != c.want {
+			t.Errorf("on a disk of %s: %d bytes, %v", c.size, got, err)
+		}
 	}
 }
