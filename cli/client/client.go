@@ -201,8 +201,18 @@ func (c *Client) follow(path dbus.ObjectPath) (signals <-chan *dbus.Signal, end 
 // allow it may be asked: godbus' Call drops that flag, so the message is made
 // here.
 func (c *Client) call(ctx context.Context, path dbus.ObjectPath, method string, args []any, ret ...any) error {
+	return c.callWith(ctx, dbus.FlagAllowInteractiveAuthorization, path, method, args, ret...)
+}
+
+// callRunning is call for what is over when memlinuxd is: that is not started for it,
+// least of all while it is being stopped.
+func (c *Client) callRunning(ctx context.Context, path dbus.ObjectPath, method string, args []any, ret ...any) error {
+	return c.callWith(ctx, dbus.FlagAllowInteractiveAuthorization|dbus.FlagNoAutoStart, path, method, args, ret...)
+}
+
+func (c *Client) callWith(ctx context.Context, flags dbus.Flags, path dbus.ObjectPath, method string, args []any, ret ...any) error {
 	dot := strings.LastIndex(method, ".")
-	msg := &dbus.Message{Type: dbus.TypeMethodCall, Flags: dbus.FlagAllowInteractiveAuthorization, Body: args, Headers: map[dbus.HeaderField]dbus.Variant{
+	msg := &dbus.Message{Type: dbus.TypeMethodCall, Flags: flags, Body: args, Headers: map[dbus.HeaderField]dbus.Variant{
 		dbus.FieldDestination: dbus.MakeVariant(api.BusName),
 		dbus.FieldPath:        dbus.MakeVariant(path),
 		dbus.FieldInterface:   dbus.MakeVariant(method[:dot]),
@@ -408,7 +418,7 @@ func (c *Client) Follow(ctx context.Context, path dbus.ObjectPath, each func(api
 	defer end()
 	// What was signalled before this call is in its answer.
 	var props api.Properties
-	if err := c.call(context.WithoutCancel(ctx), path, api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props); err != nil {
+	if err := c.callRunning(context.WithoutCancel(ctx), path, api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props); err != nil {
 		return job, err
 	}
 	if err := job.Update(props); err != nil {
@@ -422,7 +432,7 @@ func (c *Client) Follow(ctx context.Context, path dbus.ObjectPath, each func(api
 		case <-cancel:
 			cancel = nil
 			go func() {
-				cancelled <- c.call(context.WithoutCancel(ctx), path, api.JobInterface+".Cancel", []any{api.Properties{}})
+				cancelled <- c.callRunning(context.WithoutCancel(ctx), path, api.JobInterface+".Cancel", []any{api.Properties{}})
 			}()
 		case err := <-cancelled:
 			if err != nil {
@@ -441,7 +451,7 @@ func (c *Client) Follow(ctx context.Context, path dbus.ObjectPath, each func(api
 			if ended = last; last {
 				// All hear of the end, and only some may have the report. A daemon that
 				// was stopped does not answer any more.
-				err := c.call(context.WithoutCancel(ctx), path, api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props)
+				err := c.callRunning(context.WithoutCancel(ctx), path, api.PropertiesInterface+".GetAll", []any{api.JobInterface}, &props)
 				switch {
 				case err == nil:
 					if err := job.Update(props); err != nil {
