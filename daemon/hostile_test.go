@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/memlinux/memlinux/daemon/api"
+	"github.com/memlinux/memlinux/daemon/busguard"
 	"github.com/memlinux/memlinux/testvm/need"
 )
 
@@ -374,7 +375,8 @@ func TestHostileClients(t *testing.T) {
 	for _, who := range []string{"nobody", "games"} { // games may do all
 		t.Run("messages of "+who, func(t *testing.T) {
 			h := dialHostile(t, address, who)
-			huge := strings.Repeat("A", 1<<20)
+			const most = busguard.MaxMessage - 1<<10
+			large, huge := strings.Repeat("A", most), strings.Repeat("A", 1<<20)
 			denied := func(allowed string) string {
 				if who == "nobody" {
 					return interactionRequired
@@ -397,12 +399,15 @@ func TestHostileClients(t *testing.T) {
 				{"descriptors and no arguments", build("", 16), nil, 16, "org.freedesktop.DBus.Error.InvalidArgs"},
 				{"an array of descriptors", build("ah", 2), []any{[]dbus.UnixFDIndex{0, 1}}, 2, "org.freedesktop.DBus.Error.InvalidArgs"},
 				{"a dictionary of descriptors", build("a{sh}", 1), []any{map[string]dbus.UnixFDIndex{"a": 0}}, 1, "org.freedesktop.DBus.Error.InvalidArgs"},
-				{"a string of 1 MiB for a recipe", build("a{sv}", 0), []any{map[string]dbus.Variant{api.OptRecipe: dbus.MakeVariant(huge)}}, 0, denied(api.ErrInvalidOption)},
-				{"a name of 1 MiB", build("a{sv}", 0), []any{map[string]dbus.Variant{huge: dbus.MakeVariant(huge[:100])}}, 0, denied(api.ErrInvalidOption)},
-				{"an entry of 1 MiB", member(api.ManagerPath, manager+"RemoveEntry", "sa{sv}", 0), []any{huge, map[string]dbus.Variant{"nonsense": dbus.MakeVariant(1)}}, 0, denied(api.ErrInvalidOption)},
-				{"an object of 1 MiB", member(api.ManagerPath+"/jobs/"+dbus.ObjectPath(huge), api.JobInterface+".Cancel", "a{sv}", 0), []any{none}, 0, "org.freedesktop.DBus.Error.UnknownObject"},
-				{"a device of 1 MiB", member(api.ManagerPath, manager+"Plan", "oa{sv}", 0), []any{api.DevicePath(huge), none}, 0, api.ErrNoSuchDevice},
-				{"more than is taken", build("a{sv}", 0), []any{map[string]dbus.Variant{api.OptRecipe: dbus.MakeVariant(strings.Repeat(huge, 3))}}, 0, api.ErrLimitsExceeded},
+				{"a large string for a recipe", build("a{sv}", 0), []any{map[string]dbus.Variant{api.OptRecipe: dbus.MakeVariant(large)}}, 0, denied(api.ErrInvalidOption)},
+				{"a large name", build("a{sv}", 0), []any{map[string]dbus.Variant{large: dbus.MakeVariant(large[:100])}}, 0, denied(api.ErrInvalidOption)},
+				{"a large entry", member(api.ManagerPath, manager+"RemoveEntry", "sa{sv}", 0), []any{large, map[string]dbus.Variant{"nonsense": dbus.MakeVariant(1)}}, 0, denied(api.ErrInvalidOption)},
+				{"a large object", member(api.ManagerPath+"/jobs/"+dbus.ObjectPath(large), api.JobInterface+".Cancel", "a{sv}", 0), []any{none}, 0, "org.freedesktop.DBus.Error.UnknownObject"},
+				{"a large device", member(api.ManagerPath, manager+"Plan", "oa{sv}", 0), []any{api.DevicePath(large), none}, 0, api.ErrNoSuchDevice},
+				{"a string of 1 MiB for a recipe", build("a{sv}", 0), []any{map[string]dbus.Variant{api.OptRecipe: dbus.MakeVariant(huge)}}, 0, api.ErrLimitsExceeded},
+				{"a name of 1 MiB", build("a{sv}", 0), []any{map[string]dbus.Variant{huge: dbus.MakeVariant(huge[:100])}}, 0, api.ErrLimitsExceeded},
+				{"an object of 1 MiB", member(api.ManagerPath+"/jobs/"+dbus.ObjectPath(huge), api.JobInterface+".Cancel", "a{sv}", 0), []any{none}, 0, api.ErrLimitsExceeded},
+				{"30 MiB", build("as", 0), []any{[]string{strings.Repeat(huge, 30)}}, 0, api.ErrLimitsExceeded},
 				{"a method without its interface", map[dbus.HeaderField]dbus.Variant{dbus.FieldDestination: dbus.MakeVariant(api.BusName), dbus.FieldPath: dbus.MakeVariant(api.ManagerPath),
 					dbus.FieldMember: dbus.MakeVariant("Build"), dbus.FieldSignature: dbus.MakeVariant(dbus.ParseSignatureMust("a{sv}"))}, []any{map[string]dbus.Variant{"nonsense": dbus.MakeVariant(1)}}, 0, denied(api.ErrInvalidOption)},
 				{"a method under another interface", member(api.ManagerPath, api.PeerInterface+".Build", "a{sv}", 0), []any{map[string]dbus.Variant{"nonsense": dbus.MakeVariant(1)}}, 0, denied(api.ErrInvalidOption)},

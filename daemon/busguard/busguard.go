@@ -45,8 +45,9 @@ import (
 type Arrive func(msg *dbus.Message, size int, files []int)
 
 // MaxMessage is the most of a message in bytes that is decoded, replies aside,
-// which the bus lets only come from who was asked.
-const MaxMessage = 2 << 20
+// which the bus lets only come from who was asked. To decode that much can take a
+// tenth of a second.
+const MaxMessage = 256 << 10
 
 // Dial connects to the bus at a unix: address. Descriptors come in with messages
 // of the type takes, 0 for none. They go out as a dbus.UnixFD among the arguments
@@ -398,6 +399,7 @@ func descriptors(oob []byte) ([]int, error) {
 const (
 	fixedHeader = 16
 	maxMessage  = 128 << 20 // D-Bus specification, "Message Format"
+	maxHeader   = 2 << 20   // bytes of a header that is answered
 	maxLine     = 16 << 10
 	// chunk is what a message may claim before its bytes are there.
 	chunk = 64 << 10
@@ -444,7 +446,7 @@ func readMessage(r io.Reader) (message []byte, size int, err error) {
 		message, err = readMore(r, message, rest)
 		return message, size, err
 	}
-	if fields > MaxMessage-fixedHeader {
+	if fields > maxHeader {
 		return nil, size, discard(r, rest)
 	}
 	if message, err = readMore(r, message, fields); err != nil {

@@ -201,7 +201,7 @@ func TestLongMessages(t *testing.T) {
 	reply[1] = byte(dbus.TypeMethodReply)
 	tooLong := call(t, long, dbus.UnixFD(0))
 	binary.LittleEndian.PutUint32(tooLong[8:], 4711)
-	path := dbus.MakeVariant(dbus.ObjectPath("/" + long))
+	path := dbus.MakeVariant(dbus.ObjectPath("/" + strings.Repeat("x", maxHeader)))
 	var noHeader bytes.Buffer
 	if err := (&dbus.Message{Type: dbus.TypeMethodCall, Headers: map[dbus.HeaderField]dbus.Variant{dbus.FieldPath: path, dbus.FieldMember: dbus.MakeVariant("Test")}}).EncodeTo(&noHeader, binary.LittleEndian); err != nil {
 		t.Fatal(err)
@@ -294,7 +294,7 @@ func TestDescriptorsGoOut(t *testing.T) {
 }
 
 func TestMessagesAreWhole(t *testing.T) {
-	message := call(t, strings.Repeat("x", 1<<20))
+	message := call(t, strings.Repeat("x", MaxMessage-1<<10))
 	stream := io.MultiReader(bytes.NewReader(message), bytes.NewReader(message))
 	for range 2 {
 		if got, _, err := readMessage(stream); err != nil || !bytes.Equal(got, message) {
