@@ -37,12 +37,13 @@ func TestGateBoundsWhatIsInWork(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		r, w, err := os.Pipe()
-		if err != nil {
+		var pipe [2]int
+		if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 			t.Fatal(err)
 		}
+		r := os.NewFile(uintptr(pipe[0]), "pipe")
 		defer r.Close()
-		if err := g.enter(t.Context(), callFrom(":1.1"), 100, []int{int(w.Fd())}); !isFull(err) {
+		if err := g.enter(t.Context(), callFrom(":1.1"), 100, []int{pipe[1]}); !isFull(err) {
 			t.Errorf("one more: %v", err)
 		}
 		// Nobody waits for its end.
