@@ -510,11 +510,14 @@ func fieldsOf(header []byte, order binary.ByteOrder) (map[dbus.HeaderField]dbus.
 	}
 	text := func(length int) (string, bool) {
 		b := take(length+1, 1)
-		return strings.TrimSuffix(string(b), "\x00"), len(b) > 0
+		if len(b) == 0 || b[length] != 0 {
+			return "", false
+		}
+		return string(b[:length]), true
 	}
 	for at < end {
 		start := take(4, 8) // the field, and the signature of its value
-		if start == nil || start[1] != 1 {
+		if start == nil || start[1] != 1 || start[3] != 0 {
 			return nil, errWrong
 		}
 		var value any
