@@ -335,7 +335,8 @@ func FuzzHeader(f *testing.F) {
 				t.Errorf("field %d is %v, want %v", field, fields[field], value)
 			}
 		}
-		if short := withoutBody(message[:fixedHeader+int(binary.LittleEndian.Uint32(message[12:])+7)&^7], binary.LittleEndian); decodes(short) != nil {
+		short := withoutBody(message[:fixedHeader+int(binary.LittleEndian.Uint32(message[12:])+7)&^7], binary.LittleEndian)
+		if short != nil && decodes(short) != nil { // the bus sends no strings that are not UTF-8, and godbus decodes and does not encode them
 			t.Errorf("without its body it does not decode: %x", short)
 		}
 	})

@@ -3,6 +3,7 @@ package pc
 import (
 	"os/exec"
 	"testing"
+	"time"
 
 	"github.com/memlinux/memlinux/testvm/need"
 )
@@ -21,8 +22,16 @@ func (p *PC) Attach(t testing.TB) string {
 	_ = exec.Command(partx, "--delete", device).Run()
 	run(t, nil, partx, "--add", device)
 	t.Cleanup(func() {
-		if out, err := exec.Command(partx, "--delete", device).CombinedOutput(); err != nil {
-			t.Errorf("partx --delete %s: %v: %s", device, err, out)
+		// Whoever looks at all disks of the machine may have one open for a moment.
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+			out, err := exec.Command(partx, "--delete", device).CombinedOutput()
+			if err == nil {
+				return
+			}
+			if time.Now().After(end) {
+				t.Errorf("partx --delete %s: %v: %s", device, err, out)
+				return
+			}
 		}
 	})
 	return device
