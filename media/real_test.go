@@ -134,7 +134,7 @@ func TestFaultMatrixOfRealDevices(t *testing.T) {
 		}},
 		{"what is behind it dies", func(d *mediatest.Disk, at int64, _ func()) want {
 			d.Break(once(true, at, d.Die, syscall.EIO))
-			return want{fault: FaultWrite, says: "can't write", dead: true}
+			return want{fault: FaultWrite, says: "it is faulty", dead: true} // the kernel tells of it with that write, or with the flush
 		}},
 		{"it does not answer, and is given up", func(d *mediatest.Disk, at int64, cancel func()) want {
 			d.Break(once(true, at, func() { cancel(); d.Hold() }, syscall.EIO))
