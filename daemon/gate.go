@@ -12,8 +12,8 @@ import (
 )
 
 // What callers may have in work at once. A person's command has one call; these
-// bound what a program can cost that calls and calls. A message of the greatest
-// size is some MiB once it is decoded.
+// bound what a program can cost that calls and calls. The size of one call is
+// bounded by busguard.MaxMessage.
 const (
 	callsPerClient = 32 // a connection's
 	callsPerUser   = 64 // all connections' of a user but root
